@@ -1,0 +1,1 @@
+"""featurex-ray: archives of images and videos into feature tables."""
