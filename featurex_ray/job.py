@@ -1,0 +1,227 @@
+"""One run, described: `ExtractionJob` is what the command line, a config file and Python all make.
+
+Each field carries its help text, so `featurex extract --help`, the YAML keys and the Python
+arguments are the same names with the same defaults, written once.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from featurex_ray.errors import RequestError
+from featurex_ray.media.sampling import Sampling
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Decoder = Literal["auto", "pyav", "decord"]
+
+DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+TABLE_PATTERN = DATASET_PATTERN
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    metavar: str | None = None,
+    group: str,
+) -> Any:
+    """A dataclass field that is a command line option too."""
+    metadata = {"help": help, "metavar": metavar, "group": group}
+    return field(default=default, metadata=metadata)
+
+
+def option_fields(group: str | None = None) -> list["dataclasses.Field[Any]"]:
+    """The job's fields, of one group or all, in the order in which help shows them."""
+    return [f for f in dataclasses.fields(ExtractionJob) if group in (None, f.metadata["group"])]
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """Bounds of an actor pool, both at least 1."""
+
+    minimum: int
+    maximum: int
+
+    @classmethod
+    def parse(cls, text: str) -> "PoolSize":
+        """Read `N` or `MIN:MAX`.
+
+        Raises:
+            RequestError: `text` has another form, or the bounds are not 1 <= MIN <= MAX.
+        """
+        low, _, high = text.partition(":")
+        if not (low.isdigit() and (high or low).isdigit()):
+            raise RequestError(f"actors {text!r}: give N or MIN:MAX, such as 2:8")
+        size = cls(int(low), int(high or low))
+        if not 1 <= size.minimum <= size.maximum:
+            raise RequestError(f"actors {text!r}: 1 <= MIN <= MAX must hold")
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionJob:
+    """What to extract from what, where to, and how. Frozen and checked when made.
+
+    Raises:
+        RequestError: A value is out of its range; the message names the option.
+    """
+
+    manifest: str = option(help="Manifest file, directory or glob, at any fsspec URI.", group="data")
+    output: str = option(
+        help="Where feature tables live: s3://bucket/prefix or a local directory.",
+        metavar="URI",
+        group="data",
+    )
+    extractor: str | tuple[str, ...] = option(
+        help="Extractor, with options after commas: cnn_lstm,rnn=gru. Give it several times to decode once "
+        "and fill one table each. `featurex extractors` lists them.",
+        metavar="NAME",
+        group="model",
+    )
+    dataset: str | None = option(
+        None, help="Dataset (partition) of all samples, where the manifest has no such column.", group="data"
+    )
+    table: str | None = option(
+        None, help="Table's name. Default: the extractor's name, '/' written as '-'.", group="data"
+    )
+    keep_columns: tuple[str, ...] = option(
+        (), help="Manifest columns to carry into the table, besides `label`.", metavar="NAME", group="data"
+    )
+    weights: tuple[str, ...] = option(
+        (),
+        help="safetensors file for the extractor; NAME=URI where there are several; #sha256=HEX pins it.",
+        metavar="URI",
+        group="model",
+    )
+    precision: Precision = option(
+        "auto", help="Arithmetic of the forward pass; auto is bf16 where the hardware has it.", group="model"
+    )
+    batch_size: int | None = option(
+        None, help="Frames per device batch. Default: 64 on CPUs, 256 on GPUs.", group="model"
+    )
+    sampling: str | None = option(
+        None,
+        help="Frames of a clip: uniform:16, fps:2, every:5 or keyframes. Default: the extractor's own.",
+        group="video",
+    )
+    clip_seconds: float | None = option(
+        None, help="Cut videos into windows of this length. Default: a video is one clip.", group="video"
+    )
+    clip_stride_seconds: float | None = option(
+        None, help="From one window's start to the next. Default: --clip-seconds.", group="video"
+    )
+    decoder: Decoder = option(
+        "auto", help="Video backend; auto uses decord where it is frame-exact, else PyAV.", group="video"
+    )
+    allow_prefix: tuple[str, ...] = option(
+        (), help="URI prefix that manifests may name beyond their own store.", metavar="URI", group="safety"
+    )
+    only_prefix: tuple[str, ...] = option(
+        (), help="Restrict what manifests may name to these URI prefixes.", metavar="URI", group="safety"
+    )
+    max_failure_rate: float = option(
+        0.1, help="Exit 3 when a larger part of the samples failed.", metavar="RATE", group="safety"
+    )
+    max_samples_per_plan: int = option(
+        250_000, help="Samples per plan, hence per published object.", group="scale"
+    )
+    decode_actors: str | None = option(
+        None,
+        help="Decode actors, N or MIN:MAX. Default: from the cluster's CPUs.",
+        metavar="MIN:MAX",
+        group="scale",
+    )
+    extract_actors: str | None = option(
+        None,
+        help="Extract actors, N or MIN:MAX. Default: one a GPU, or from the CPUs.",
+        metavar="MIN:MAX",
+        group="scale",
+    )
+    gpus_per_extract_actor: float | None = option(
+        None, help="GPUs of one extract actor. Default: 1 where the cluster has GPUs, else 0.", group="scale"
+    )
+    address: str | None = option(
+        None, help="Ray cluster to run on. Default: $RAY_ADDRESS, or a local one.", group="scale"
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without reading anything."""
+        self._check_data()
+        self._check_clips()
+        self._check_model()
+        self._check_scale()
+
+    @property
+    def extractors(self) -> tuple[str, ...]:
+        """The extractors asked for, as given."""
+        return (self.extractor,) if isinstance(self.extractor, str) else tuple(self.extractor)
+
+    def weights_of(self, extractor: str) -> str | None:
+        """The `--weights` URI meant for one extractor, given as on the command line."""
+        if len(self.extractors) == 1:
+            return self.weights[0] if self.weights else None
+        for item in self.weights:
+            name, _, uri = item.partition("=")
+            if name in (extractor, extractor.partition(",")[0]):
+                return uri
+        return None
+
+    def table_of(self, extractor: str) -> str:
+        """The table that one extractor fills."""
+        if self.table is not None:
+            return self.table
+        return re.sub(r"[^A-Za-z0-9._-]", "-", extractor.partition(",")[0])
+
+    def _check_data(self) -> None:
+        if not self.manifest or not self.output:
+            raise RequestError("a manifest and --output are needed")
+        if self.dataset is not None and not DATASET_PATTERN.fullmatch(self.dataset):
+            raise RequestError(f"--dataset {self.dataset!r} must match {DATASET_PATTERN.pattern}")
+        if self.table is not None and not TABLE_PATTERN.fullmatch(self.table):
+            raise RequestError(f"--table {self.table!r} must match {TABLE_PATTERN.pattern}, without '/'")
+
+    def _check_clips(self) -> None:
+        if self.sampling is not None:
+            Sampling.parse(self.sampling)
+        if self.clip_seconds is not None and not self.clip_seconds > 0:
+            raise RequestError(f"--clip-seconds {self.clip_seconds} must be above 0")
+        if self.clip_stride_seconds is None:
+            return
+        if self.clip_seconds is None:
+            raise RequestError("--clip-stride-seconds needs --clip-seconds")
+        if not self.clip_stride_seconds > 0:
+            raise RequestError(f"--clip-stride-seconds {self.clip_stride_seconds} must be above 0")
+
+    def _check_model(self) -> None:
+        names = self.extractors
+        if not names or not all(names):
+            raise RequestError("--extractor is needed; `featurex extractors` lists them")
+        if len(names) == 1 and len(self.weights) > 1:
+            raise RequestError("--weights is given several times for one extractor")
+        known = {part for name in names for part in (name, name.partition(",")[0])}
+        for item in self.weights if len(names) > 1 else ():
+            if item.partition("=")[0] not in known or "=" not in item:
+                raise RequestError(f"--weights {item!r}: with several extractors, give EXTRACTOR=URI")
+        tables = [self.table_of(name) for name in names]
+        if len(set(tables)) < len(tables):
+            raise RequestError(
+                f"these extractors would share a table: {', '.join(names)}; run them one by one with --table"
+            )
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise RequestError(f"--precision {self.precision!r} must be auto, fp32, bf16 or fp16")
+        if self.decoder not in ("auto", "pyav", "decord"):
+            raise RequestError(f"--decoder {self.decoder!r} must be auto, pyav or decord")
+
+    def _check_scale(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise RequestError(f"--batch-size {self.batch_size} must be at least 1")
+        if self.max_samples_per_plan < 1:
+            raise RequestError(f"--max-samples-per-plan {self.max_samples_per_plan} must be at least 1")
+        if not 0 <= self.max_failure_rate <= 1:
+            raise RequestError(f"--max-failure-rate {self.max_failure_rate} must be between 0 and 1")
+        if self.gpus_per_extract_actor is not None and self.gpus_per_extract_actor < 0:
+            raise RequestError(f"--gpus-per-extract-actor {self.gpus_per_extract_actor} must not be negative")
+        for text in (self.decode_actors, self.extract_actors):
+            if text is not None:
+                PoolSize.parse(text)
