@@ -6,7 +6,7 @@ uncompressed tar is `s3://bucket/shard-000.tar::inner/name.jpg`.
 """
 
 from featurex_ray.storage.fetch import Fetched, Fetcher
-from featurex_ray.storage.filesystems import filesystem
+from featurex_ray.storage.filesystems import Filesystem, filesystem
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.tar import TarIndex
 from featurex_ray.storage.uri import Location, parse, redact, resolve
@@ -14,6 +14,7 @@ from featurex_ray.storage.uri import Location, parse, redact, resolve
 __all__ = [
     "Fetched",
     "Fetcher",
+    "Filesystem",
     "Location",
     "ReadPolicy",
     "TarIndex",

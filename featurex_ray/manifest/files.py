@@ -1,0 +1,136 @@
+"""The files of a manifest: found, opened, and what to say when that fails."""
+
+import errno
+import gzip
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, Literal, cast
+
+from botocore.exceptions import BotoCoreError, NoCredentialsError
+
+from featurex_ray.errors import FeaturexError, ManifestError, StoreUnavailableError
+from featurex_ray.storage import filesystem, parse, redact
+
+Format = Literal["parquet", "csv", "jsonl"]
+
+FORMATS: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+}
+FORMAT_NAMES = ", ".join((*FORMATS, "each also .gz"))
+
+_GONE_FOR_NOW = {
+    errno.EBUSY,
+    errno.EIO,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    getattr(errno, "EREMOTEIO", errno.EIO),
+}
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """One file of a manifest.
+
+    Attributes:
+        uri: Absolute.
+        format: By its extension.
+        gzipped: Whether the name ends in `.gz`.
+    """
+
+    uri: str
+    format: Format
+    gzipped: bool
+
+    @classmethod
+    def of(cls, uri: str) -> "ManifestFile":
+        """The file at `uri`, its format told from the name.
+
+        Raises:
+            ManifestError: The extension is none that a manifest can have.
+        """
+        found = format_of(uri)
+        if found is None:
+            raise ManifestError(f"{redact(uri)!r} is no manifest by its name; known are {FORMAT_NAMES}")
+        return cls(uri, found, uri.lower().endswith(".gz"))
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Opens the file for reading, unpacked."""
+        store, path = filesystem(self.uri)
+        with store.open(path, "rb") as packed:
+            if not self.gzipped:
+                yield cast(IO[bytes], packed)
+            else:
+                with gzip.open(packed, "rb") as unpacked:
+                    yield cast(IO[bytes], io.BufferedReader(cast(Any, unpacked), 1 << 20))
+
+
+def format_of(uri: str) -> Format | None:
+    """The format that a file's name stands for, if any."""
+    name = uri.lower().removesuffix(".gz")
+    return next((found for extension, found in FORMATS.items() if name.endswith(extension)), None)
+
+
+def find_files(uri: str) -> list[ManifestFile]:
+    """The files of the manifest at `uri`, by name: one file, all of a folder, or what a glob matches.
+
+    In folders, names that begin with `_` or `.` and unknown extensions are passed over.
+
+    Raises:
+        ManifestError: There is none, or it can't be read.
+        StoreUnavailableError: The store did not answer.
+    """
+    with explained(uri):
+        store, path = filesystem(uri)
+        if store.isfile(path):
+            return [ManifestFile.of(str(parse(uri)))]
+        if any(mark in path for mark in "*?["):
+            found = [name for name in store.glob(path) if format_of(name)]
+        else:
+            found = [name for name in store.find(path) if format_of(name) and _is_shown(name, path)]
+    if not found:
+        raise ManifestError(f"no manifest at {redact(uri)!r}; looked for {FORMAT_NAMES}")
+    return [ManifestFile.of(_uri_of(uri, name)) for name in sorted(found)]
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turns what filesystems raise into an error that says what to do about it.
+
+    Raises:
+        ManifestError: The file is missing or forbidden.
+        StoreUnavailableError: The store did not answer.
+    """
+    try:
+        yield
+    except (OSError, BotoCoreError) as error:
+        raise _explain(uri, error) from error
+
+
+def _explain(uri: str, error: Exception) -> FeaturexError:
+    name = repr(redact(uri))
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ManifestError(f"no manifest at {name}")
+    if isinstance(error, PermissionError):
+        return ManifestError(f"may not read {name}: {error}")
+    if isinstance(error, NoCredentialsError):
+        return ManifestError(f"may not read {name}: no AWS credentials (environment, configuration or role)")
+    away = isinstance(error, TimeoutError | ConnectionError | BotoCoreError)
+    if away or (isinstance(error, OSError) and error.errno in _GONE_FOR_NOW):
+        return StoreUnavailableError(f"reading {name}: {error}")
+    return ManifestError(f"can't read {name}: {error}")
+
+
+def _is_shown(name: str, folder: str) -> bool:
+    return not any(part.startswith(("_", ".")) for part in name.removeprefix(folder).split("/"))
+
+
+def _uri_of(asked: str, path: str) -> str:
+    scheme = parse(asked).scheme
+    return path if scheme == "file" or "://" in path else f"{scheme}://{path}"

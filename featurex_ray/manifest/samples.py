@@ -1,0 +1,191 @@
+"""Manifest rows -> samples: one schema whatever came in, and what is wrong with each row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurex_ray.errors import ManifestError, RefusedUriError
+from featurex_ray.manifest.carried import carry
+from featurex_ray.manifest.files import ManifestFile
+from featurex_ray.manifest.formats import DATA
+from featurex_ray.schemas import SAMPLE
+from featurex_ray.storage import ReadPolicy, redact, resolve
+
+KNOWN = ("uri", DATA, "dataset", "sample_id", "media_type", "start_seconds", "end_seconds", "version")
+DATASET_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_LISTED_PROBLEMS = 10
+_NUMBER_PATTERN = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+_ABSOLUTE_PATTERN = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"
+
+
+@dataclass
+class Problems:
+    """What is wrong with a manifest: the first few by file and row, and how many there are."""
+
+    total: int = 0
+    listed: list[str] = field(default_factory=list)
+
+    def add(self, where: str, what: str) -> None:
+        """Notes one problem."""
+        self.total += 1
+        if len(self.listed) < _LISTED_PROBLEMS:
+            self.listed.append(f"{where}: {what}")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more problems would only be counted."""
+        return len(self.listed) >= _LISTED_PROBLEMS
+
+    def raise_if_any(self, uri: str) -> None:
+        """Ends the reading with one message.
+
+        Raises:
+            ManifestError: There are problems.
+        """
+        if self.total:
+            rest = f" (the first {len(self.listed)})" if self.total > len(self.listed) else ""
+            count = "1 problem" if self.total == 1 else f"{self.total} problems"
+            lines = "\n  ".join(self.listed)
+            raise ManifestError(f"manifest {redact(uri)!r} has {count}{rest}:\n  {lines}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a manifest file as they came, and where they stand.
+
+    Attributes:
+        file: Where from.
+        first_row: Rows of the file before these.
+        raw: The columns that exist.
+    """
+
+    file: ManifestFile
+    first_row: int
+    raw: pa.RecordBatch
+
+    def column(self, name: str) -> pa.Array:
+        """A column, null where the file has none."""
+        if name not in self.raw.schema.names:
+            return pa.nulls(self.raw.num_rows)
+        return self.raw.column(self.raw.schema.get_field_index(name))
+
+    def text(self, name: str) -> pa.StringArray:
+        """A column as strings, empty ones as null."""
+        column = as_text(name, self.column(name))
+        return pc.if_else(pc.equal(column, ""), None, column)
+
+    def seconds(self, name: str) -> pa.DoubleArray:
+        """A column as doubles; what is no number becomes NaN, which no check lets pass."""
+        column = self.column(name)
+        if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+            return column.cast(pa.float64())
+        text = self.text(name)
+        return pc.if_else(pc.match_substring_regex(text, _NUMBER_PATTERN), text, "nan").cast(pa.float64())
+
+    @property
+    def has_data(self) -> pa.BooleanArray:
+        """Which rows bring their media with them."""
+        return pc.fill_null(self.column(DATA).cast(pa.bool_()), False)
+
+
+def to_samples(block: Block, *, dataset: str | None, carried: pa.Schema) -> pa.RecordBatch:
+    """Rows in the schema of samples. URIs are absolute; inline media is a file and a row in it."""
+    rows = range(block.first_row, block.first_row + block.raw.num_rows)
+    has_data = block.has_data
+    named = block.text("uri")
+    numbers = pa.array(rows, pa.int64())
+    inline_name = pc.binary_join_element_wise(block.file.uri, numbers.cast(pa.string()), "#")
+    uri = pc.if_else(has_data, pc.coalesce(named, inline_name), _absolute(named, block.file.uri))
+    columns = [
+        pc.coalesce(block.text("dataset"), pa.scalar(dataset, pa.string())),
+        pc.coalesce(block.text("sample_id"), named, uri),
+        uri,
+        block.text("media_type"),
+        block.seconds("start_seconds"),
+        block.seconds("end_seconds"),
+        block.text("version"),
+        pc.if_else(has_data, block.file.uri, pa.scalar(None, pa.string())),
+        pc.if_else(has_data, numbers, pa.scalar(None, pa.int64())),
+        *(carry(block.column(wanted.name), wanted.type) for wanted in carried),
+    ]
+    return pa.RecordBatch.from_arrays(
+        columns, schema=pa.schema([*(f.with_nullable(True) for f in SAMPLE), *carried])
+    )
+
+
+def check_rows(block: Block, *, dataset: str | None, policy: ReadPolicy, problems: Problems) -> None:
+    """Notes every row that can't be used."""
+
+    def note(bad: pa.Array, describe: Callable[[int], str]) -> None:
+        for index in pc.indices_nonzero(pc.fill_null(bad, False)).to_pylist():
+            problems.add(f"{redact(block.file.uri)} row {block.first_row + index + 1}", describe(index))
+
+    inline, uris, datasets = block.has_data, block.text("uri"), block.text("dataset")
+    note(pc.and_(pc.is_null(uris), pc.invert(inline)), lambda _: "no uri")
+    if dataset is None:
+        note(pc.is_null(datasets), lambda _: "no dataset; name one, or give --dataset")
+        good = pc.match_substring_regex(datasets, DATASET_PATTERN)
+        note(pc.invert(good), lambda i: f"dataset {datasets[i].as_py()!r} is not {DATASET_PATTERN}")
+    else:
+        note(
+            pc.not_equal(datasets, dataset),
+            lambda i: f"dataset {datasets[i].as_py()!r} contradicts --dataset {dataset!r}",
+        )
+    media = block.text("media_type")
+    note(
+        pc.invert(pc.is_in(media, pa.array(["image", "video", None]))),
+        lambda i: f"media_type {media[i].as_py()!r} is neither 'image' nor 'video'",
+    )
+    _note_bad_times(block, note)
+    for index in pc.indices_nonzero(pc.invert(pc.or_(inline, policy.plainly_allowed(uris)))).to_pylist():
+        if uris[index].is_valid and (objection := _objection(uris[index].as_py(), block.file, policy)):
+            problems.add(f"{redact(block.file.uri)} row {block.first_row + index + 1}", objection)
+
+
+def _note_bad_times(block: Block, note: Callable[[pa.Array, Callable[[int], str]], None]) -> None:
+    start, end = block.seconds("start_seconds"), block.seconds("end_seconds")
+    for name, seconds in (("start_seconds", start), ("end_seconds", end)):
+        usable = pc.and_(pc.is_finite(seconds), pc.greater_equal(seconds, 0))
+        note(pc.invert(usable), partial(_describe, name, block.column(name)))
+    empty = pc.less_equal(end, pc.coalesce(start, pa.scalar(0.0)))
+    note(empty, lambda i: f"end_seconds {end[i].as_py()} is not after start_seconds {start[i].as_py()}")
+
+
+def _describe(name: str, column: pa.Array, index: int) -> str:
+    return f"{name} is {column[index].as_py()!r}"
+
+
+def as_text(name: str, column: pa.Array) -> pa.StringArray:
+    """A column of scalars as strings.
+
+    Raises:
+        ManifestError: Its values have no plain text form.
+    """
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return as_text(name, column.dictionary_decode())
+    if pa.types.is_nested(kind) or isinstance(kind, pa.ExtensionType):
+        raise ManifestError(f"column {name!r} is {kind}, not a string")
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        raise ManifestError(f"column {name!r} ({kind}) can't be read as strings: {error}") from error
+
+
+def _absolute(uris: pa.StringArray, manifest_file: str) -> pa.StringArray:
+    known = pc.fill_null(pc.match_substring_regex(uris, _ABSOLUTE_PATTERN), True)
+    if pc.all(known, min_count=0).as_py():
+        return uris
+    found = [None if uri is None else resolve(uri, relative_to=manifest_file) for uri in uris.to_pylist()]
+    return pa.array(found, pa.string())
+
+
+def _objection(uri: str, file: ManifestFile, policy: ReadPolicy) -> str | None:
+    try:
+        policy.check(resolve(uri, relative_to=file.uri))
+    except RefusedUriError as error:
+        return str(error)
+    return None
