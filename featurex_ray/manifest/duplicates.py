@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurex_ray.manifest.files import ManifestFile
 from featurex_ray.manifest.samples import Problems
@@ -24,7 +25,8 @@ class Ids:
 
     def add(self, samples: pa.RecordBatch) -> None:
         """Takes note of some samples."""
-        self._hashes.frombytes(_hashes(samples).tobytes())
+        named = pc.and_(samples["dataset"].is_valid(), samples["sample_id"].is_valid())
+        self._hashes.frombytes(_hashes(samples.filter(named)).tobytes())
 
     def suspects(self) -> tuple[Hashes, int]:
         """Hashes that occur again (at most 100,000 of them), and how many rows repeat an earlier one."""

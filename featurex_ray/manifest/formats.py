@@ -99,13 +99,17 @@ class CsvRows:
     def __init__(self, file: ManifestFile) -> None:
         self._file = file
         with file.open() as opened:
-            self.columns: Sequence[str] = self._reader(opened, []).schema.names
+            is_empty = not opened.read(1)
+        with file.open() as opened:
+            self.columns: Sequence[str] = [] if is_empty else self._reader(opened, []).schema.names
         if len(set(self.columns)) < len(self.columns):
             raise ManifestError(f"two columns have one name: {', '.join(self.columns)}")
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Rows.batches`."""
         wanted = [name for name in columns if name in self.columns]
+        if not wanted:
+            return  # an empty file, or one without any column of a manifest
         with self._file.open() as opened:
             yield from self._reader(opened, wanted)
 

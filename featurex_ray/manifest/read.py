@@ -87,15 +87,13 @@ def read_manifest(
     for file in files:
         reading.read(file)
     reading.check_carried()
+    suspects, repeats = reading.ids.suspects()
+    if repeats and reading.all_readable:
+        note_duplicates(_placed(files, dataset), suspects, repeats, reading.problems)
     reading.problems.raise_if_any(uri)
     if not reading.num_samples:
         raise ManifestError(f"manifest {redact(uri)!r} holds no samples")
-    manifest = reading.result(uri, files)
-    suspects, repeats = reading.ids.suspects()
-    if repeats:
-        note_duplicates(_placed(manifest), suspects, repeats, reading.problems)
-        reading.problems.raise_if_any(uri)
-    return manifest
+    return reading.result(uri, files)
 
 
 class _Reading:
@@ -105,6 +103,7 @@ class _Reading:
         self.problems = Problems()
         self.ids = Ids()
         self.num_samples = 0
+        self.all_readable = True
         self._dataset = dataset
         self._policy = policy
         self._types: dict[str, pa.DataType] = dict.fromkeys(carry, pa.null())
@@ -119,12 +118,13 @@ class _Reading:
                 _check_columns(rows, self._dataset)
                 for block in _blocks(file, rows, [*KNOWN, *self._types]):
                     self._take(block, is_text=rows.is_text)
+                _check_columns(rows, self._dataset)  # again: JSON Lines show theirs only on the way
                 self._met.update(set(rows.columns))
         except ManifestError as error:
+            self.all_readable = False
             self.problems.add(redact(file.uri), str(error))
 
     def _take(self, block: Block, *, is_text: bool) -> None:
-        before = self.problems.total
         check_rows(block, dataset=self._dataset, policy=self._policy, problems=self.problems)
         self.num_samples += block.raw.num_rows
         for name, known in self._types.items():
@@ -132,11 +132,10 @@ class _Reading:
                 self._types[name] = promote(known, observed_type(block.column(name), is_text=is_text))
             except ManifestError as error:
                 raise ManifestError(f"column {name!r}: {error}") from error
-        if self.problems.total == before:
-            samples = to_samples(block, dataset=self._dataset, carried=pa.schema([]))
-            self.ids.add(samples)
-            for pair in samples["dataset"].value_counts().to_pylist():
-                self._datasets[pair["values"]] += pair["counts"]
+        samples = to_samples(block, dataset=self._dataset, carried=pa.schema([]))
+        self.ids.add(samples)
+        for pair in samples["dataset"].value_counts().to_pylist():
+            self._datasets[pair["values"]] += pair["counts"]
 
     def check_carried(self) -> None:
         """Notes columns that were asked for and are nowhere."""
@@ -168,12 +167,13 @@ def _blocks(file: ManifestFile, rows: Rows, columns: list[str]) -> Iterator[Bloc
         first_row += raw.num_rows
 
 
-def _placed(manifest: Manifest) -> Iterator[tuple[ManifestFile, int, pa.RecordBatch]]:
-    for file in manifest.files:
+def _placed(
+    files: list[ManifestFile], dataset: str | None
+) -> Iterator[tuple[ManifestFile, int, pa.RecordBatch]]:
+    for file in files:
         with _readable(file):
             for block in _blocks(file, READERS[file.format](file), list(KNOWN)):
-                samples = to_samples(block, dataset=manifest.dataset, carried=pa.schema([]))
-                yield file, block.first_row, samples
+                yield file, block.first_row, to_samples(block, dataset=dataset, carried=pa.schema([]))
 
 
 @contextmanager
@@ -192,6 +192,8 @@ def _check_columns(rows: Rows, dataset: str | None) -> None:
         ManifestError: Says what is there, and which column is likely meant.
     """
     columns = rows.columns
+    if not columns:
+        return  # an empty file, as jobs leave behind that had nothing to write
     if DATA in columns:
         if not isinstance(rows, ParquetRows):
             raise ManifestError("a `data` column can only be in Parquet; CSV and JSON Lines hold no media")

@@ -116,42 +116,73 @@ def to_samples(block: Block, *, dataset: str | None, carried: pa.Schema) -> pa.R
     )
 
 
+class _Notes:
+    """The problems of one block, in the order of its rows."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[tuple[int, str]] = []
+
+    def note(self, bad: pa.Array, describe: Callable[[int], str]) -> None:
+        """Notes every row where `bad` is true; only the first ones are put into words."""
+        rows = pc.indices_nonzero(pc.fill_null(bad, False))
+        self.count += len(rows)
+        self._first += [(row, describe(row)) for row in rows[:_LISTED_PROBLEMS].to_pylist()]
+
+    def move_to(self, problems: Problems, block: Block) -> None:
+        """Adds the notes to those of the whole manifest."""
+        for row, what in sorted(self._first)[:_LISTED_PROBLEMS]:
+            problems.add(f"{redact(block.file.uri)} row {block.first_row + row + 1}", what)
+            self.count -= 1
+        problems.total += self.count
+
+
 def check_rows(block: Block, *, dataset: str | None, policy: ReadPolicy, problems: Problems) -> None:
     """Notes every row that can't be used."""
-
-    def note(bad: pa.Array, describe: Callable[[int], str]) -> None:
-        for index in pc.indices_nonzero(pc.fill_null(bad, False)).to_pylist():
-            problems.add(f"{redact(block.file.uri)} row {block.first_row + index + 1}", describe(index))
-
-    inline, uris, datasets = block.has_data, block.text("uri"), block.text("dataset")
-    note(pc.and_(pc.is_null(uris), pc.invert(inline)), lambda _: "no uri")
-    if dataset is None:
-        note(pc.is_null(datasets), lambda _: "no dataset; name one, or give --dataset")
-        good = pc.match_substring_regex(datasets, DATASET_PATTERN)
-        note(pc.invert(good), lambda i: f"dataset {datasets[i].as_py()!r} is not {DATASET_PATTERN}")
-    else:
-        note(
-            pc.not_equal(datasets, dataset),
-            lambda i: f"dataset {datasets[i].as_py()!r} contradicts --dataset {dataset!r}",
-        )
+    notes = _Notes()
+    uris, inline = block.text("uri"), block.has_data
+    notes.note(pc.and_(pc.is_null(uris), pc.invert(inline)), lambda _: "no uri")
+    _check_dataset(block, dataset, notes)
     media = block.text("media_type")
-    note(
-        pc.invert(pc.is_in(media, pa.array(["image", "video", None]))),
-        lambda i: f"media_type {media[i].as_py()!r} is neither 'image' nor 'video'",
-    )
-    _note_bad_times(block, note)
-    for index in pc.indices_nonzero(pc.invert(pc.or_(inline, policy.plainly_allowed(uris)))).to_pylist():
-        if uris[index].is_valid and (objection := _objection(uris[index].as_py(), block.file, policy)):
-            problems.add(f"{redact(block.file.uri)} row {block.first_row + index + 1}", objection)
+    unknown = pc.invert(pc.is_in(media, pa.array(["image", "video", None])))
+    notes.note(unknown, lambda row: f"media_type {media[row].as_py()!r} is neither 'image' nor 'video'")
+    _check_times(block, notes)
+    _check_uris(block, pc.if_else(inline, None, uris), policy, notes)
+    notes.move_to(problems, block)
 
 
-def _note_bad_times(block: Block, note: Callable[[pa.Array, Callable[[int], str]], None]) -> None:
+def _check_dataset(block: Block, dataset: str | None, notes: _Notes) -> None:
+    named = block.text("dataset")
+    if dataset is not None:
+        other = pc.not_equal(named, dataset)
+        notes.note(other, lambda row: f"dataset {named[row].as_py()!r} contradicts --dataset {dataset!r}")
+        return
+    notes.note(pc.is_null(named), lambda _: "no dataset; name one, or give --dataset")
+    bad = pc.invert(pc.match_substring_regex(named, DATASET_PATTERN))
+    notes.note(bad, lambda row: f"dataset {named[row].as_py()!r} is not {DATASET_PATTERN}")
+
+
+def _check_times(block: Block, notes: _Notes) -> None:
     start, end = block.seconds("start_seconds"), block.seconds("end_seconds")
     for name, seconds in (("start_seconds", start), ("end_seconds", end)):
         usable = pc.and_(pc.is_finite(seconds), pc.greater_equal(seconds, 0))
-        note(pc.invert(usable), partial(_describe, name, block.column(name)))
+        notes.note(pc.invert(usable), partial(_describe, name, block.column(name)))
     empty = pc.less_equal(end, pc.coalesce(start, pa.scalar(0.0)))
-    note(empty, lambda i: f"end_seconds {end[i].as_py()} is not after start_seconds {start[i].as_py()}")
+    notes.note(
+        empty,
+        lambda row: f"end_seconds {end[row].as_py()} is not after start_seconds {start[row].as_py() or 0}",
+    )
+
+
+def _check_uris(block: Block, uris: pa.StringArray, policy: ReadPolicy, notes: _Notes) -> None:
+    unclear = pc.indices_nonzero(pc.and_(pc.invert(policy.plainly_allowed(uris)), pc.is_valid(uris)))
+    refused: dict[int, str] = {}
+    for row in unclear.to_pylist():
+        if objection := _objection(uris[row].as_py(), block.file, policy):
+            refused[row] = objection
+    if refused:
+        rows = pa.array(range(len(uris)), pa.int64())
+        notes.note(pc.is_in(rows, pa.array(refused, pa.int64())), refused.__getitem__)
 
 
 def _describe(name: str, column: pa.Array, index: int) -> str:

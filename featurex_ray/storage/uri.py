@@ -71,16 +71,16 @@ def parse(uri: str) -> Location:
 
 
 def resolve(uri: str, *, relative_to: str) -> str:
-    """A manifest's URI made absolute: relative ones start at the manifest's own folder.
+    """A manifest's URI made absolute: relative names start at the manifest's own folder.
 
     Args:
-        uri: As the manifest has it. Absolute paths and URIs with a scheme come back unchanged.
+        uri: As the manifest has it. Absolute paths and URIs with a scheme come back unchanged, and so
+            does what is neither (`http:/x`), which `parse` refuses.
         relative_to: URI of the manifest file.
     """
-    if not uri or uri.startswith("/") or _SCHEME.match(uri) or uri[:5].lower() == "file:":
+    looks_absolute = not uri or uri.startswith("/") or "://" in uri or uri[:5].lower() == "file:"
+    if looks_absolute or _HALF_A_SCHEME.match(uri):
         return uri
-    if "://" in uri or _HALF_A_SCHEME.match(uri):
-        raise _malformed(uri, "is neither a relative name nor scheme://rest")
     base = relative_to if _SCHEME.match(relative_to) else str(parse(relative_to))
     return f"{base.rpartition('/')[0]}/{uri}"
 
