@@ -1,0 +1,78 @@
+"""decord: H.264, VP8 and VP9 in mp4, webm and mkv, where it is frame-exact.
+
+decord 0.6 numbers frames by the packets that its own FFmpeg lists and trusts that each becomes a
+picture. So it is only used on the codec and container pairs where that was seen to hold, where
+the header shows nothing that is known to break it (edit lists move its seeks to wrong frames),
+and where it lists the very timestamps of our own timeline.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from featurex_ray.media.decoder import Shown, StreamHeader, Timeline, TimelineDisagreementError
+from featurex_ray.media.sniff import Buffer, BufferReader
+
+_EXACT_PAIRS = {
+    ("mp4", "h264"),
+    ("matroska", "h264"),
+    ("matroska", "vp8"),
+    ("matroska", "vp9"),
+}
+
+
+def is_installed() -> bool:
+    """Whether decord can be imported here (it has no wheels for some machines)."""
+    return importlib.util.find_spec("decord") is not None
+
+
+def reads_exactly(header: StreamHeader) -> bool:
+    """Whether a container's header promises that decord gives the right frames."""
+    return (
+        (header.container, header.codec) in _EXACT_PAIRS
+        and header.pixel_format == "yuv420p"
+        and header.num_video_streams == 1
+        and header.num_discarded_packets == 0
+    )
+
+
+class DecordDecoder:
+    """decord on one video whose timeline PyAV has read. See `FrameDecoder`.
+
+    Args:
+        data: The whole encoded object.
+        timeline: What decord must list too.
+        num_threads: Decoder threads.
+
+    Raises:
+        TimelineDisagreementError: decord can't open the video, or lists other frames.
+    """
+
+    name = "decord"
+
+    def __init__(self, data: Buffer, timeline: Timeline, *, num_threads: int = 1) -> None:
+        import decord
+
+        self._error: type[Exception] = decord.DECORDError
+        decord.logging.set_level(decord.logging.QUIET)
+        try:
+            self._reader = decord.VideoReader(BufferReader(data), num_threads=num_threads)
+            listed = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0]
+        except self._error as error:
+            raise TimelineDisagreementError(f"decord: {error}") from error
+        half_tick = float(timeline.time_base) / 2
+        if len(listed) != len(timeline) or np.abs(listed - timeline.pts_seconds).max() > half_tick:
+            raise TimelineDisagreementError(f"decord lists {len(listed)} frames at other times")
+
+    def frames(self, indices: np.ndarray) -> Iterator[Shown]:
+        """Decode frames of the timeline; see `FrameDecoder`."""
+        for index in indices:
+            try:
+                pixels = self._reader[int(index)].asnumpy()
+            except (self._error, StopIteration) as error:
+                raise TimelineDisagreementError(f"decord: {error}") from error
+            if pixels.shape[2] != 3:  # seen on pictures of a few pixels
+                raise TimelineDisagreementError(f"decord made an array of {pixels.shape}")
+            yield Shown(int(index), Image.fromarray(pixels), intact=True)

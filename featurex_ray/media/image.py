@@ -1,0 +1,183 @@
+"""Encoded images to 8-bit RGB pictures, in one documented way.
+
+- Orientation in EXIF is honoured; an invalid one is ignored.
+- Gray and 1-bit are repeated into three channels, palettes are looked up, CMYK and YCbCr go
+  through Pillow's own conversion. ICC profiles are not applied.
+- 16-bit gray is scaled by 255/65535 and rounded; 16-bit RGB likewise, by Pillow.
+- Alpha is composited over white: the ground on which browsers, documents and shops show such
+  pictures. What lies hidden under full transparency never shows.
+- Floating-point pixels and integers beyond 16 bits are refused: their range is unknown.
+- Of animations and many-page files the first picture is used.
+"""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+import numpy as np
+from PIL import Image
+
+from featurex_ray.errors import DecodeError
+from featurex_ray.media.preprocess import InputSpec, fit
+from featurex_ray.media.sniff import Buffer, BufferReader, sniff
+
+_PLUGINS = {
+    "jpeg": ["JPEG", "MPO"],
+    "png": ["PNG"],
+    "webp": ["WEBP"],
+    "gif": ["GIF"],
+    "bmp": ["BMP"],
+    "tiff": ["TIFF"],
+    "ico": ["ICO"],
+    "ppm": ["PPM"],
+    "jpeg2000": ["JPEG2000"],
+    "avif": ["AVIF"],
+    "tga": ["TGA"],
+}
+"""The only Pillow plugins that ever see the bytes, by sniffed format."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+# All that Pillow's parsers were seen to raise on damaged files.
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+# Pillow warns of odd EXIF and large pictures. Decoding runs in threads, where
+# `warnings.catch_warnings` would race, so the filter is set once for its module.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One picture, fitted to each input that was asked for.
+
+    Args:
+        frames: One (H, W, 3) uint8 RGB array per `InputSpec`.
+        width: Of the source in pixels, upright.
+        height: Of the source in pixels, upright.
+        complete: Whether all of it was read. Always: a broken-off image is an error.
+    """
+
+    frames: tuple[np.ndarray, ...]
+    width: int
+    height: int
+    complete: bool = True
+
+
+def decode_image(
+    data: Buffer,
+    *,
+    inputs: Sequence[InputSpec],
+    max_pixels: int = 64_000_000,
+    full_decode: bool = False,
+) -> DecodedImage:
+    """Decode an image for one or several models.
+
+    A JPEG of at least four times the size that is needed is decoded at a half, a quarter or an
+    eighth, always at least twice what is needed.
+
+    Args:
+        data: The encoded image.
+        inputs: What the models want; at least one.
+        max_pixels: Larger pictures are refused before they are decoded.
+        full_decode: Never decode at reduced scale.
+
+    Raises:
+        ProbeError: `empty` or `unsupported_container`.
+        DecodeError: `truncated`, `undecodable`, `too_large` or `unsupported_codec`.
+    """
+    container = sniff(data)
+    if container.media_type != "image":
+        raise DecodeError("unsupported_codec", f"a {container.format} video, not an image")
+    try:
+        image = Image.open(cast(BinaryIO, BufferReader(data)), formats=_PLUGINS[container.format])
+        _check_size(image, max_pixels)
+        width, height = image.size
+        if not full_decode:
+            _reduce(image, inputs)
+        image.load()
+        orientation = _orientation(image)
+        upright = _upright(_to_rgb(image), orientation)
+    except Image.DecompressionBombError as error:
+        raise DecodeError("too_large", str(error)) from error
+    except _PILLOW_ERRORS as error:
+        raise _decode_error(error) from error
+    if orientation >= 5:
+        width, height = height, width
+    return DecodedImage(tuple(fit(upright, spec) for spec in inputs), width, height)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise DecodeError("too_large", f"{image.width}x{image.height} pixels; the limit is {max_pixels:,}")
+
+
+def _reduce(image: Image.Image, inputs: Sequence[InputSpec]) -> None:
+    """Have libjpeg decode at 1/2, 1/4 or 1/8, at least twice as large as any input needs."""
+    # EXIF may yet swap the sides: take the way around that needs more.
+    sides = (image.size, image.size[::-1])
+    reduction = min(spec.reduction(*size) for spec in inputs for size in sides) / 2
+    scale = next((scale for scale in (8, 4, 2) if scale <= reduction), 1)
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except _PILLOW_ERRORS:
+        return 1  # EXIF that can't be read says nothing
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_integers(image).convert("RGB")
+    if image.mode == "F":
+        raise DecodeError("unsupported_codec", "floating-point pixels have no known range")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        pixels = image.convert("RGBA")
+        ground = Image.new("RGBA", pixels.size, "white")
+        return Image.alpha_composite(ground, pixels).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_integers(image: Image.Image) -> Image.Image:
+    """16-bit gray, which Pillow holds as `I;16*` or `I`, to 8 bits by scaling."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise DecodeError("unsupported_codec", "integer pixels beyond 16 bits have no known range")
+    return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+
+
+def _decode_error(error: Exception) -> DecodeError:
+    text = str(error) or type(error).__name__
+    return DecodeError("truncated" if "truncated" in text.lower() else "undecodable", text)
