@@ -20,7 +20,7 @@ from featurex_ray.errors import ManifestError
 from featurex_ray.manifest.files import Format, ManifestFile
 
 DATA = "data"
-_BATCH_ROWS = 65_536
+_BATCH_ROWS = 32_768
 _JSON_BATCH_ROWS = 8_192
 _CSV_BLOCK_BYTES = 8 << 20
 
@@ -62,7 +62,7 @@ class ParquetRows:
         """See `Rows.batches`."""
         wanted = [name for name in columns if name in self.schema.names and name != DATA]
         with _seekable(self._file) as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = pq.ParquetFile(opened, pre_buffer=False)  # halves what a large row group takes
             for group in range(parquet.num_row_groups):
                 has_data = self._has_data(parquet, group) if DATA in columns else None
                 first = 0

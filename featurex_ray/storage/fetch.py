@@ -220,7 +220,12 @@ class Fetcher:
             raise
 
     async def _make_tar_index(self, tar: Location) -> TarIndex:
-        first = (await self._read(tar, part=range(FIRST_WINDOW_BYTES))).chunk
+        try:
+            first = (await self._read(tar, part=range(FIRST_WINDOW_BYTES))).chunk
+        except FetchError as error:
+            if error.code != "out_of_range":
+                raise
+            raise FetchError("bad_archive", f"'{tar}' is empty") from error
 
         def read_range(part: range) -> bytes:
             reading = self._read(tar, part=part, etag=first.etag)

@@ -26,6 +26,7 @@ _CODES = {
     412: "changed",
     416: "out_of_range",
     429: "unavailable",
+    501: "bad_request",
 }
 _S3_CODES = {"RequestTimeout": "timeout", "ExpiredToken": "forbidden", "SlowDown": "unavailable"}
 

@@ -27,7 +27,8 @@ class TarIndex:
 
     def find(self, name: str) -> range | None:
         """The member's bytes; `a.jpg` and `./a.jpg` are the same member."""
-        return self.members.get(name, self.members.get(f"./{name.removeprefix('./')}"))
+        bare = name.removeprefix("./")
+        return next((self.members[n] for n in (name, bare, f"./{bare}") if n in self.members), None)
 
 
 class RangeReader(io.RawIOBase):
