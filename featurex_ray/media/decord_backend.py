@@ -1,9 +1,10 @@
-"""decord: H.264, VP8 and VP9 in mp4, webm and mkv, where it is frame-exact.
+"""decord: H.264, VP8 and VP9 in mp4, webm and mkv, read from the front to the back.
 
-decord 0.6 numbers frames by the packets that its own FFmpeg lists and trusts that each becomes a
-picture. So it is only used on the codec and container pairs where that was seen to hold, where
-the header shows nothing that is known to break it (edit lists move its seeks to wrong frames),
-and where it lists the very timestamps of our own timeline.
+decord 0.6 numbers frames by the packets that its own FFmpeg lists. So it is only used on the
+codec and container pairs where these are the frames that come out, and where it lists the very
+timestamps of our own timeline. It never seeks: its seeks were seen to land on wrong frames behind
+edit lists (86 of 120), with open GOPs (a few) and with intra refresh (72 of 120), which the
+container's header does not tell.
 """
 
 import importlib.util
@@ -62,6 +63,7 @@ class DecordDecoder:
             listed = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0]
         except self._error as error:
             raise TimelineDisagreementError(f"decord: {error}") from error
+        self._position = 0
         half_tick = float(timeline.time_base) / 2
         if len(listed) != len(timeline) or np.abs(listed - timeline.pts_seconds).max() > half_tick:
             raise TimelineDisagreementError(f"decord lists {len(listed)} frames at other times")
@@ -70,9 +72,12 @@ class DecordDecoder:
         """Decode frames of the timeline; see `FrameDecoder`."""
         for index in indices:
             try:
-                pixels = self._reader[int(index)].asnumpy()
+                if index > self._position:
+                    self._reader.skip_frames(int(index) - self._position)
+                pixels = self._reader.next().asnumpy()
             except (self._error, StopIteration) as error:
                 raise TimelineDisagreementError(f"decord: {error}") from error
+            self._position = int(index) + 1
             if pixels.shape[2] != 3:  # seen on pictures of a few pixels
                 raise TimelineDisagreementError(f"decord made an array of {pixels.shape}")
             yield Shown(int(index), Image.fromarray(pixels), intact=True)

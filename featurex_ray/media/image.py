@@ -10,6 +10,7 @@
 - Of animations and many-page files the first picture is used.
 """
 
+import logging
 import struct
 import warnings
 import zlib
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from featurex_ray.errors import DecodeError
 from featurex_ray.media.preprocess import InputSpec, fit
@@ -69,6 +70,8 @@ _PILLOW_ERRORS = (
 # Pillow warns of odd EXIF and large pictures. Decoding runs in threads, where
 # `warnings.catch_warnings` would race, so the filter is set once for its module.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# Pillow logs some of what it raises; without any handler Python prints that.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ def decode_image(
         upright = _upright(_to_rgb(image), orientation)
     except Image.DecompressionBombError as error:
         raise DecodeError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise DecodeError("undecodable", f"unreadable {container.format} header") from error
     except _PILLOW_ERRORS as error:
         raise _decode_error(error) from error
     if orientation >= 5:

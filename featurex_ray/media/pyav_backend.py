@@ -379,8 +379,6 @@ def _check_stream(stream: VideoStream, max_pixels: int) -> None:
     context = stream.codec_context
     if context is None:
         raise DecodeError("unsupported_codec", "FFmpeg has no decoder for the video stream")
-    if stream.codec_tag in ("encv", "drmi"):
-        raise DecodeError("unsupported_codec", "the video stream is encrypted")
     if context.width * context.height > max_pixels:
         raise DecodeError(
             "too_large", f"{context.width}x{context.height} pixels; the limit is {max_pixels:,}"

@@ -8,6 +8,7 @@ import io
 import mmap
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -95,17 +96,29 @@ def breaks_off(data: Buffer, container: Container) -> bool:
     return end is not None and end(data) > len(data)
 
 
-def _mp4_end(data: Buffer) -> int:
-    """Where the last top-level box that starts inside the file says that it ends."""
-    position = 0
-    while position + 8 <= len(data):
-        size, kind = struct.unpack(">I4s", data[position : position + 8])
-        if size == 1 and position + 16 <= len(data):
-            (size,) = struct.unpack(">Q", data[position + 8 : position + 16])
+def is_encrypted(data: Buffer, container: Container) -> bool:
+    """Whether an mp4's pictures are encrypted (common encryption), which FFmpeg decodes to noise."""
+    if container.format != "mp4":
+        return False
+    headers = [bytes(data[start:end]) for kind, start, end in _mp4_boxes(data) if kind == b"moov"]
+    return any(b"encv" in header and b"schm" in header for header in headers)
+
+
+def _mp4_boxes(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and stated end of the top-level boxes that start inside the file."""
+    start = 0
+    while start + 8 <= len(data):
+        size, kind = struct.unpack(">I4s", data[start : start + 8])
+        if size == 1 and start + 16 <= len(data):
+            (size,) = struct.unpack(">Q", data[start + 8 : start + 16])
         if size < 8 or not kind.isalnum():  # 0: up to the end; else trailing bytes that are no box
             break
-        position += size
-    return position
+        yield kind, start, start + size
+        start += size
+
+
+def _mp4_end(data: Buffer) -> int:
+    return max((end for _, _, end in _mp4_boxes(data)), default=0)
 
 
 def _matroska_end(data: Buffer) -> int:

@@ -24,7 +24,7 @@ from featurex_ray.media.decoder import (
 from featurex_ray.media.preprocess import InputSpec, fit
 from featurex_ray.media.pyav_backend import PyavDecoder
 from featurex_ray.media.sampling import Sampling, count_windows, select, windows
-from featurex_ray.media.sniff import Buffer, Container, breaks_off, sniff
+from featurex_ray.media.sniff import Buffer, Container, breaks_off, is_encrypted, sniff
 
 MAX_UNIT_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
@@ -216,7 +216,7 @@ def decode_video(
     unit = _Unit.of(layout.clips(pyav.timeline), clips)
     _check_bytes(unit.num_frames * sum(spec.frame_bytes for spec in inputs), max_unit_bytes)
     filled: _Filled | None = None
-    if _use_decord(resolve_policy(policy), pyav.header):
+    if _use_decord(resolve_policy(policy), pyav.header, unit):
         filled = _try_decord(data, pyav.timeline, unit, inputs, num_threads)
     if filled is None:
         try:
@@ -345,6 +345,8 @@ def _open(data: Buffer, *, num_threads: int, max_pixels: int) -> tuple[Container
     container = sniff(data)
     if container.media_type != "video":
         raise DecodeError("unsupported_codec", f"a {container.format} image, not a video")
+    if is_encrypted(data, container):
+        raise DecodeError("unsupported_codec", "the video is encrypted")
     try:
         return container, PyavDecoder(data, container, num_threads=num_threads, max_pixels=max_pixels)
     except ProbeError as error:
@@ -355,14 +357,17 @@ def _open(data: Buffer, *, num_threads: int, max_pixels: int) -> tuple[Container
         raise
 
 
-def _use_decord(policy: DecoderPolicy, header: StreamHeader) -> bool:
+def _use_decord(policy: DecoderPolicy, header: StreamHeader, unit: _Unit) -> bool:
+    """Where the header promises exact frames and, but for the policy `decord`, reading on pays."""
     exact = decord_backend.reads_exactly(header)
     if policy == "decord" and not exact:
         raise DecodeError(
             "unsupported_codec",
             f"decord is not frame-exact on this {header.codec} in {header.container}; 'auto' is",
         )
-    return exact and policy != "pyav"
+    last = max(int(indices[-1]) for _, indices in unit.clips)
+    is_dense = 2 * unit.num_frames > last
+    return policy == "decord" or (policy == "decord+pyav" and exact and is_dense)
 
 
 def _try_decord(
