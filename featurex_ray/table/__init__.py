@@ -1,0 +1,9 @@
+"""Feature tables: the write protocol on S3 and local disk, and reading. Knows neither Ray nor torch."""
+
+from featurex_ray.table.facts import TableFacts
+from featurex_ray.table.plan import Plan, Work
+from featurex_ray.table.probe import probe_store
+from featurex_ray.table.store import ObjectStore, open_store
+from featurex_ray.table.table import FeatureTable
+
+__all__ = ["FeatureTable", "ObjectStore", "Plan", "TableFacts", "Work", "open_store", "probe_store"]

@@ -1,0 +1,609 @@
+"""The log: which sample belongs to which plan, and what is still to do (protocol, step 2).
+
+Invariant: creating entry n proves that all earlier entries of its dataset were read, so open plans
+share no sample and no target. All else follows from that.
+"""
+
+import contextlib
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from enum import IntEnum
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from featurex_ray.errors import ManifestError, TableDamagedError
+from featurex_ray.table.facts import TableFacts
+from featurex_ray.table.layout import numbered
+from featurex_ray.table.store import ObjectStore, ensure
+
+ROWS_PER_SLICE = 1024
+"""Rows of a plan's row group: a slice of the plan can be read alone."""
+
+MAX_SAMPLES_PER_PLAN = 250_000
+
+CHUNK_ROWS = 2**22
+"""Manifest rows compared in one pass over the log: about 150 MB while it lasts."""
+
+BUFFERED_ROWS = 1_000_000
+"""Manifest rows held while plans fill, over all datasets."""
+
+OWN_TARGET = -1
+"""The target of samples that get a new object, named after their plan."""
+
+PLAN_FACTS = b"featurex.plan"
+
+Kind = Literal["new", "changed", "prune"]
+Samples = Callable[[], Iterable[pa.RecordBatch]]
+"""Gives the manifest's samples in `sample_schema`, in the same order each time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The facts of one entry of the log.
+
+    Args:
+        dataset: The one dataset that it is about.
+        number: Its place in the dataset's log; as a string, the `plan_id`.
+        target: The number of the only features object that it changes.
+        kind: `new` makes its target; `changed` and `prune` replace one that is there.
+        num_samples: Rows of the plan.
+        samples_hash: Over its sample ids, in order.
+        failed_in: Older plans whose failure objects hold some of its samples.
+        run_id: The run that made it.
+        created: When, by that run's clock; for people only.
+        token: Unlike any other's, by which a planner knows its own entry.
+    """
+
+    dataset: str
+    number: int
+    target: int
+    kind: Kind
+    num_samples: int
+    samples_hash: str
+    failed_in: tuple[int, ...]
+    run_id: str
+    created: str
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def plan_id(self) -> str:
+        """The number as it stands in object names."""
+        return f"{self.number:010d}"
+
+
+class State(IntEnum):
+    """What the last plan that names a sample says of it."""
+
+    NEW = 0
+    """No plan names it, or it was pruned."""
+    DONE = 1
+    FAILED = 2
+    """It failed, and counts as held until it is retried."""
+    CHANGED = 3
+    """Its version differs from that of its features."""
+    REVISED = 4
+    """It failed, and its version differs since."""
+    OPEN = 5
+    """A plan that isn't done names it."""
+    BLOCKED = 6
+    """It changed, and an open plan is about to replace the object that holds it."""
+
+
+TO_DO = (State.NEW, State.CHANGED, State.REVISED)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A manifest against a table's log.
+
+    Args:
+        counts: Samples by (dataset, state).
+    """
+
+    counts: Counter[tuple[str, State]]
+
+    def num(self, *states: State, dataset: str | None = None) -> int:
+        """Samples in any of the states, of one dataset or of all."""
+        return sum(
+            count
+            for (name, state), count in self.counts.items()
+            if state in states and dataset in {None, name}
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the manifest."""
+        return self.counts.total()
+
+    @property
+    def new(self) -> int:
+        """Samples that no plan names."""
+        return self.num(State.NEW)
+
+    @property
+    def changed(self) -> int:
+        """Samples whose version differs from the one that was planned."""
+        return self.num(State.CHANGED, State.REVISED, State.BLOCKED)
+
+    @property
+    def done(self) -> int:
+        """Samples that have their features."""
+        return self.num(State.DONE)
+
+    @property
+    def failed(self) -> int:
+        """Samples that failed; they are held until a retry."""
+        return self.num(State.FAILED)
+
+    @property
+    def open(self) -> int:
+        """Samples of plans that are not done."""
+        return self.num(State.OPEN)
+
+    @property
+    def datasets(self) -> list[str]:
+        """The manifest's datasets, sorted."""
+        return sorted({dataset for dataset, _ in self.counts})
+
+
+@dataclass(frozen=True)
+class Log:
+    """The entries of each dataset, and which of them are done; a done one may still show as open."""
+
+    plans: dict[str, list[int]]
+    done: set[tuple[str, int]]
+    public: set[tuple[str, int]]
+    failures: dict[str, list[int]]
+
+    def next_number(self, dataset: str) -> int:
+        """The first number that is free."""
+        return len(self.plans.get(dataset, ()))
+
+
+def read_log(store: ObjectStore, facts: TableFacts) -> Log:
+    """Lists the log.
+
+    Raises:
+        TableDamagedError: An entry is missing from the sequence.
+    """
+    keys = facts.keys
+    # In this order: what is listed as done has its entry and its objects in the later listings.
+    done = {place for item in store.list(keys.done) if (place := numbered(item.key, keys.done))}
+    plans = _by_dataset(store, keys.plans)
+    for dataset, numbers in plans.items():
+        if numbers != list(range(len(numbers))):
+            hole = next(n for n, number in enumerate(numbers) if n != number)
+            raise TableDamagedError(
+                f"{store.uri}/{keys.plan(dataset, hole)} is missing, but later plans exist"
+            )
+    failures = _by_dataset(store, keys.failures)
+    public = {place for item in store.list(keys.features) if (place := numbered(item.key, keys.features))}
+    return Log(plans, done, public, failures)
+
+
+def _by_dataset(store: ObjectStore, prefix: str) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for item in store.list(prefix):
+        place = numbered(item.key, prefix)
+        if place:
+            places.setdefault(place[0], []).append(place[1])
+    return {dataset: sorted(numbers) for dataset, numbers in places.items()}
+
+
+@contextlib.contextmanager
+def open_parquet(store: ObjectStore, key: str) -> Iterator[tuple[pq.ParquetFile, str]]:
+    """One generation of a Parquet object, with its ETag; pages are checked as they are read.
+
+    Raises:
+        TableDamagedError: It isn't Parquet, or not any more.
+        FileNotFoundError: It doesn't exist.
+    """
+    with store.open(key) as opened:
+        try:
+            yield (
+                pq.ParquetFile(opened.file, pre_buffer=True, page_checksum_verification=True),
+                opened.etag,
+            )
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise TableDamagedError(f"{store.uri}/{key} can't be read: {error}") from error
+
+
+@contextlib.contextmanager
+def open_plan(
+    store: ObjectStore, facts: TableFacts, dataset: str, number: int
+) -> Iterator[tuple[Plan, pq.ParquetFile]]:
+    """An entry of the log.
+
+    Raises:
+        TableDamagedError: It can't be read, or is another's.
+    """
+    key = facts.keys.plan(dataset, number)
+    with open_parquet(store, key) as (file, _):
+        values = json.loads((file.schema_arrow.metadata or {}).get(PLAN_FACTS, b"{}"))
+        if (values.get("dataset"), values.get("number")) != (dataset, number):
+            raise TableDamagedError(f"{store.uri}/{key} is not the plan of that name")
+        plan = Plan(**(values | {"failed_in": tuple(values["failed_in"])}))
+        if file.metadata.num_rows != plan.num_samples:
+            raise TableDamagedError(
+                f"{store.uri}/{key}: {file.metadata.num_rows} rows, not {plan.num_samples}"
+            )
+        yield plan, file
+
+
+def read_plan(store: ObjectStore, facts: TableFacts, plan: Plan, rows: range | None = None) -> pa.Table:
+    """A plan's samples, or the rows [start, stop) of them.
+
+    Returns:
+        A table in `sample_schema`, sorted by `sample_id`.
+    """
+    with open_plan(store, facts, plan.dataset, plan.number) as (_, file):
+        if rows is None:
+            return file.read().cast(facts.sample_schema)
+        first = rows.start // ROWS_PER_SLICE
+        groups = range(first, -(-rows.stop // ROWS_PER_SLICE))
+        table = file.read_row_groups(list(groups)).cast(facts.sample_schema)
+        return table.slice(rows.start - first * ROWS_PER_SLICE, len(rows))
+
+
+def hash_ids(dataset: str, ids: pa.Array) -> np.ndarray:
+    """128-bit hashes of sample ids.
+
+    Returns:
+        (N, 2) uint64.
+    """
+    start = dataset + "\0"
+    digests = [blake2b((start + name).encode(), digest_size=16).digest() for name in ids.to_pylist()]
+    return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
+
+
+def hash_versions(versions: pa.Array) -> np.ndarray:
+    """(N,) uint64 hashes of versions; null is 0."""
+    if versions.null_count == len(versions):
+        return np.zeros(len(versions), np.uint64)
+    none = bytes(8)
+    digests = [
+        none if text is None else blake2b(text.encode(), digest_size=8).digest()
+        for text in versions.to_pylist()
+    ]
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
+
+
+class IdIndex:
+    """Finds rows by the 128-bit hash of their id: 20 bytes a row."""
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        order = np.argsort(hashes[:, 0])
+        self._first = hashes[order, 0]
+        self._second = hashes[order, 1]
+        self._row = order.astype(np.int32)
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """(N,) int64: the row of each hash, or -1."""
+        place = np.searchsorted(self._first, hashes[:, 0])
+        rows = np.full(len(hashes), -1, np.int64)
+        left = np.flatnonzero(place < len(self._first))
+        while len(left):  # more than once only where the first halves of two hashes are equal
+            left = left[self._first[place[left]] == hashes[left, 0]]
+            equal = self._second[place[left]] == hashes[left, 1]
+            rows[left[equal]] = self._row[place[left[equal]]]
+            left = left[~equal]
+            place[left] += 1
+            left = left[place[left] < len(self._first)]
+        return rows
+
+
+class _Chunk:
+    """Consecutive manifest rows, and what the log says of each."""
+
+    def __init__(
+        self, datasets: list[str], dataset: np.ndarray, version: np.ndarray, ids: np.ndarray
+    ) -> None:
+        self.datasets = datasets
+        self.dataset = dataset
+        self.version = version
+        self.index = IdIndex(ids)
+        self.state = np.full(len(dataset), State.NEW, np.uint8)
+        self.last_plan = np.full(len(dataset), -1, np.int32)
+        self.target = np.full(len(dataset), OWN_TARGET, np.int32)
+        self.planned_version = np.zeros(len(dataset), np.uint64)
+
+    def record_plan(self, plan: Plan, state: State, file: pq.ParquetFile) -> bool:
+        """Notes what a plan says of these rows; whether it names any of them."""
+        named = False
+        for batch in file.iter_batches(columns=["sample_id", "version"]):
+            rows = self.index.find(hash_ids(plan.dataset, batch["sample_id"]))
+            hit = rows >= 0
+            self.state[rows[hit]] = state
+            self.last_plan[rows[hit]] = plan.number
+            self.target[rows[hit]] = plan.target
+            self.planned_version[rows[hit]] = hash_versions(batch["version"])[hit]
+            named = named or bool(hit.any())
+        return named
+
+    def record_failures(self, dataset: str, number: int, file: pq.ParquetFile) -> None:
+        """Notes the samples that failed in the last plan that names them."""
+        for batch in file.iter_batches(columns=["sample_id"]):
+            rows = self.index.find(hash_ids(dataset, batch["sample_id"]))
+            rows = rows[rows >= 0]
+            rows = rows[(self.last_plan[rows] == number) & (self.state[rows] == State.DONE)]
+            self.state[rows] = State.FAILED
+
+    def record_versions(self, ours: np.ndarray, open_targets: list[int]) -> None:
+        """Notes which rows changed since they were planned; null in the manifest is never a change."""
+        differs = ours & (self.version != 0) & (self.version != self.planned_version)
+        self.state[differs & (self.state == State.FAILED)] = State.REVISED
+        self.state[differs & (self.state == State.DONE)] = State.CHANGED
+        blocked = ours & (self.state == State.CHANGED) & np.isin(self.target, open_targets)
+        self.state[blocked] = State.BLOCKED
+        self.target[ours & ~np.isin(self.state, (State.CHANGED, State.BLOCKED))] = OWN_TARGET
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every manifest row against the log, in the manifest's order: 9 bytes a row.
+
+    Args:
+        log: The log as it was read.
+        state: (N,) uint8, `State`.
+        last_plan: (N,) int32, the last plan that names the row, or -1.
+        target: (N,) int32, the object to change, or `OWN_TARGET`.
+        work: Counts of the states.
+        to_do: Rows to do by (dataset, target).
+        open_plans: Open plans that name one of the samples, or block it.
+    """
+
+    log: Log
+    state: np.ndarray
+    last_plan: np.ndarray
+    target: np.ndarray
+    work: Work
+    to_do: Counter[tuple[str, int]]
+    open_plans: list[Plan]
+
+
+def compare(store: ObjectStore, facts: TableFacts, samples: Samples) -> Comparison:
+    """Streams the log past the hashes of the manifest's ids; writes nothing.
+
+    Raises:
+        TableDamagedError: An entry can't be read, or a done plan's object is missing.
+    """
+    log = read_log(store, facts)
+    chunks: list[_Chunk] = []
+    counts: Counter[tuple[str, State]] = Counter()
+    to_do: Counter[tuple[str, int]] = Counter()
+    open_plans: dict[tuple[str, int], Plan] = {}
+    for chunk in _chunks(samples()):
+        for code, dataset in enumerate(chunk.datasets):
+            ours = chunk.dataset == code
+            for plan in _compare_dataset(store, facts, log, chunk, dataset, ours):
+                open_plans[dataset, plan.number] = plan
+            counts.update({(dataset, State(state)): n for state, n in _count(chunk.state[ours])})
+            todo = chunk.target[ours & np.isin(chunk.state, TO_DO)]
+            to_do.update({(dataset, target): n for target, n in _count(todo)})
+        del chunk.index, chunk.version, chunk.planned_version, chunk.dataset
+        chunks.append(chunk)
+    return Comparison(
+        log,
+        np.concatenate([np.zeros(0, np.uint8), *(chunk.state for chunk in chunks)]),
+        np.concatenate([np.zeros(0, np.int32), *(chunk.last_plan for chunk in chunks)]),
+        np.concatenate([np.zeros(0, np.int32), *(chunk.target for chunk in chunks)]),
+        Work(counts),
+        to_do,
+        [open_plans[place] for place in sorted(open_plans)],
+    )
+
+
+def all_new(samples: Samples) -> Work:
+    """The work where there is no table yet."""
+    counts: Counter[tuple[str, State]] = Counter()
+    for batch in samples():
+        for item in pc.value_counts(batch["dataset"]).to_pylist():
+            counts[item["values"], State.NEW] += item["counts"]
+    return Work(counts)
+
+
+def _count(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    for value, count in zip(*np.unique(values, return_counts=True), strict=True):
+        yield int(value), int(count)
+
+
+def _chunks(batches: Iterable[pa.RecordBatch]) -> Iterator[_Chunk]:
+    names: dict[str, int] = {}
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    num_rows = 0
+    for batch in batches:
+        held.append(_hashed(batch, names))
+        num_rows += batch.num_rows
+        if num_rows >= CHUNK_ROWS:
+            yield _Chunk(list(names), *(np.concatenate(column) for column in zip(*held, strict=True)))
+            names, held, num_rows = {}, [], 0
+    if num_rows:
+        yield _Chunk(list(names), *(np.concatenate(column) for column in zip(*held, strict=True)))
+
+
+def _hashed(batch: pa.RecordBatch, names: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(dataset code, version hash, id hashes) of a batch; new datasets get the next code."""
+    codes = np.zeros(batch.num_rows, np.int32)
+    ids = np.zeros((batch.num_rows, 2), np.uint64)
+    for dataset in pc.unique(batch["dataset"]).to_pylist():
+        ours = pc.equal(batch["dataset"], dataset)
+        mask = ours.to_numpy(zero_copy_only=False)
+        codes[mask] = names.setdefault(dataset, len(names))
+        ids[mask] = hash_ids(dataset, batch["sample_id"].filter(ours))
+    return codes, hash_versions(batch["version"]), ids
+
+
+def _compare_dataset(
+    store: ObjectStore, facts: TableFacts, log: Log, chunk: _Chunk, dataset: str, ours: np.ndarray
+) -> list[Plan]:
+    """Fills in a dataset's rows of the chunk; the open plans that matter to them."""
+    naming: dict[int, Plan] = {}
+    unfinished: dict[int, Plan] = {}
+    for number in log.plans.get(dataset, ()):
+        with open_plan(store, facts, dataset, number) as (plan, file):
+            is_open = (dataset, number) not in log.done
+            if not is_open and (dataset, plan.target) not in log.public:
+                missing = facts.keys.feature_object(dataset, plan.target)
+                raise TableDamagedError(f"{store.uri}/{missing} is missing, but plan {plan.plan_id} is done")
+            held = State.NEW if plan.kind == "prune" else State.DONE
+            named = chunk.record_plan(plan, State.OPEN if is_open else held, file)
+        if is_open:
+            unfinished[plan.target] = plan
+            naming |= {number: plan} if named else {}
+    for number in log.failures.get(dataset, ()):
+        with open_parquet(store, facts.keys.failure_object(dataset, number)) as (file, _):
+            chunk.record_failures(dataset, number, file)
+    chunk.record_versions(ours, list(unfinished))
+    blocked = np.unique(chunk.target[ours & (chunk.state == State.BLOCKED)])
+    return [*naming.values(), *(unfinished[int(target)] for target in blocked)]
+
+
+def make_plans(
+    store: ObjectStore, facts: TableFacts, samples: Samples, *, run_id: str, max_samples_per_plan: int
+) -> list[Plan]:
+    """Plans what is to do, and returns the open plans that matter to the samples, whoever made them.
+
+    What another run planned at the same time is left to its plan. Call again once the returned
+    plans are done, until none is returned: then every sample is held at its version.
+
+    Raises:
+        ManifestError: A sample occurs twice.
+    """
+    seen = compare(store, facts, samples)
+    made = {(plan.dataset, plan.number): plan for plan in seen.open_plans}
+    for dataset, target, rows in _groups(facts, seen, samples, max_samples_per_plan):
+        plans = _create(store, facts, seen.log, dataset, target, rows, run_id)
+        made |= {(plan.dataset, plan.number): plan for plan in plans}
+    return [made[place] for place in sorted(made)]
+
+
+_FAILED_IN = "failed_in"
+
+
+def _groups(
+    facts: TableFacts, seen: Comparison, samples: Samples, max_samples: int
+) -> Iterator[tuple[str, int, pa.Table]]:
+    """(dataset, target, rows) of each plan to make, as soon as its last row has been read.
+
+    Rows of one dataset stay in the manifest's order, so that neighbours share a plan. When many
+    datasets are mixed, the fullest goes early, so that memory stays bounded.
+    """
+    left = Counter(seen.to_do)
+    held: dict[tuple[str, int], list[pa.RecordBatch]] = {}
+    size: Counter[tuple[str, int]] = Counter()
+    for group, rows in _rows_to_do(facts, seen, samples):
+        limit = max_samples if group[1] == OWN_TARGET else seen.to_do[group]  # one object, one plan
+        start = 0
+        while start < rows.num_rows:
+            piece = rows.slice(start, limit - size[group])
+            start += piece.num_rows
+            held.setdefault(group, []).append(piece)
+            size[group] += piece.num_rows
+            left[group] -= piece.num_rows
+            if size[group] == limit or left[group] == 0:
+                del size[group]
+                yield *group, pa.Table.from_batches(held.pop(group))
+        if size.total() > BUFFERED_ROWS:
+            fullest = max(size, key=lambda own: (own[1] == OWN_TARGET) * size[own])
+            if fullest[1] == OWN_TARGET:
+                del size[fullest]
+                yield *fullest, pa.Table.from_batches(held.pop(fullest))
+
+
+def _rows_to_do(
+    facts: TableFacts, seen: Comparison, samples: Samples
+) -> Iterator[tuple[tuple[str, int], pa.RecordBatch]]:
+    start = 0
+    for batch in samples():
+        part = slice(start, start + batch.num_rows)
+        start += batch.num_rows
+        state, target = seen.state[part], seen.target[part]
+        failed_in = np.where(state == State.REVISED, seen.last_plan[part], -1)
+        rows = facts.conform(batch).append_column(_FAILED_IN, pa.array(failed_in))
+        chosen = rows.append_column("target", pa.array(target)).filter(pa.array(np.isin(state, TO_DO)))
+        for group in (
+            pa.Table.from_batches([chosen]).group_by(["dataset", "target"]).aggregate([]).to_pylist()
+        ):
+            ours = pc.and_(
+                pc.equal(chosen["dataset"], group["dataset"]), pc.equal(chosen["target"], group["target"])
+            )
+            yield (group["dataset"], group["target"]), chosen.filter(ours).drop_columns(["target"])
+
+
+def _create(
+    store: ObjectStore, facts: TableFacts, log: Log, dataset: str, target: int, rows: pa.Table, run_id: str
+) -> list[Plan]:
+    """Creates the next entry of the log; who loses reads the winner's and plans what it left.
+
+    Returns:
+        The plans that these rows ended up in, this run's and those that came first.
+    """
+    rows = rows.sort_by("sample_id")
+    _check_unique(rows["sample_id"].combine_chunks())
+    plans: list[Plan] = []
+    while rows.num_rows:
+        plan = _next_plan(log, dataset, target, rows, run_id)
+        key = facts.keys.plan(dataset, plan.number)
+        ensure(store, key, _encode(plan, rows.drop_columns([_FAILED_IN])))
+        log.plans.setdefault(dataset, []).append(plan.number)
+        with open_plan(store, facts, dataset, plan.number) as (winner, file):
+            if winner.token == plan.token:
+                return [*plans, winner]
+            theirs = pc.is_in(rows["sample_id"], file.read(["sample_id"])["sample_id"].combine_chunks())
+        if pc.any(theirs).as_py() or winner.target == target:
+            plans.append(winner)
+        rows = rows.slice(0, 0) if winner.target == target else rows.filter(pc.invert(theirs))
+    return plans
+
+
+def _check_unique(ids: pa.Array) -> None:
+    if len(ids) > 1:
+        again = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1))
+        if pc.any(again).as_py():
+            name = ids.slice(1).filter(again)[0].as_py()
+            raise ManifestError(f"sample {name!r} occurs more than once in its dataset")
+
+
+def _next_plan(log: Log, dataset: str, target: int, rows: pa.Table, run_id: str) -> Plan:
+    number = log.next_number(dataset)
+    failed_in = pc.unique(rows[_FAILED_IN]).to_pylist()
+    return Plan(
+        dataset=dataset,
+        number=number,
+        target=number if target == OWN_TARGET else target,
+        kind="new" if target == OWN_TARGET else "changed",
+        num_samples=rows.num_rows,
+        samples_hash=hash_samples(dataset, rows["sample_id"]),
+        failed_in=tuple(sorted(older for older in failed_in if older >= 0)),
+        run_id=run_id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def hash_samples(dataset: str, ids: pa.ChunkedArray) -> str:
+    """A hash over a plan's sample ids, in order."""
+    return blake2b(hash_ids(dataset, ids).tobytes(), digest_size=16).hexdigest()
+
+
+def _encode(plan: Plan, rows: pa.Table) -> bytes:
+    metadata = {PLAN_FACTS: json.dumps(asdict(plan)).encode()}
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows.replace_schema_metadata(metadata),
+        sink,
+        compression="zstd",
+        row_group_size=ROWS_PER_SLICE,
+        write_page_checksum=True,
+    )
+    return bytes(sink.getvalue())

@@ -1,0 +1,386 @@
+"""One plan becomes visible by one conditional request (protocol, steps 4 and 5).
+
+Invariant: whoever reads the target with `last_plan >= n` knows that plan n is published, and only
+that read decides what follows; it doesn't matter who published, or what its answer said.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from featurex_ray import schemas
+from featurex_ray.errors import StoreUnavailableError, TableDamagedError
+from featurex_ray.table.facts import TableFacts
+from featurex_ray.table.plan import Plan, open_parquet, read_plan
+from featurex_ray.table.probe import require_multipart
+from featurex_ray.table.staging import Unit, choose, part_keys, read_failures, read_part, units_of
+from featurex_ray.table.store import Body, ObjectStore, attempts, ensure, settle
+
+ROW_GROUP_BYTES = 64 * 2**20
+
+_DICTIONARY_COLUMNS = ["media_type", "version", "extractor_revision", "run_id", "stage", "error"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A plan that is visible, as its done record says.
+
+    Args:
+        key: The features object.
+        etag: Its ETag when this plan was the last in it.
+        num_rows: Rows of the object, other plans' included.
+        num_samples: Samples of the plan that have features.
+        num_failed: Samples of the plan that failed.
+        run_id: The run that planned it.
+    """
+
+    key: str
+    etag: str
+    num_rows: int
+    num_samples: int
+    num_failed: int
+    run_id: str
+
+
+class _Target(NamedTuple):
+    """One generation of a plan's features object, open."""
+
+    file: pq.ParquetFile
+    etag: str
+    last_plan: int
+
+
+def read_done(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published | None:
+    """The plan's done record, or None while it is open.
+
+    Raises:
+        TableDamagedError: It is done, but its object is missing.
+    """
+    try:
+        published = Published(**json.loads(store.read(facts.keys.done_record(plan.dataset, plan.number))[0]))
+    except FileNotFoundError:
+        return None
+    if store.head(published.key) is None:
+        raise TableDamagedError(f"{store.uri}/{published.key} is missing, but plan {plan.plan_id} is done")
+    return published
+
+
+def publish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published:
+    """Makes a wholly staged plan visible and completes it. Any process may call it, any number of times.
+
+    Raises:
+        TableDamagedError: A part or the object contradicts the log, or the plan isn't wholly staged.
+        StoreUnavailableError: The store didn't let it happen within the time limit; nothing is deleted.
+    """
+    try:
+        for _ in attempts():
+            done = read_done(store, facts, plan) or finish(store, facts, plan)
+            if done:
+                return done
+            with _open_target(store, facts, plan) as target:
+                if target is None or target.last_plan < plan.number:
+                    _write(store, facts, plan, target)
+    except (FileNotFoundError, TableDamagedError) as error:
+        done = read_done(store, facts, plan)  # who misses a part checks `done` first
+        if done:
+            return done
+        raise TableDamagedError(
+            f"plan {plan.plan_id} of {plan.dataset} can't be published: {error}"
+        ) from error
+    raise StoreUnavailableError(f"plan {plan.plan_id} of {plan.dataset} could not be published in time")
+
+
+@contextlib.contextmanager
+def _open_target(store: ObjectStore, facts: TableFacts, plan: Plan) -> Iterator[_Target | None]:
+    key = facts.keys.feature_object(plan.dataset, plan.target)
+    with contextlib.ExitStack() as stack:
+        try:
+            file, etag = stack.enter_context(open_parquet(store, key))
+        except FileNotFoundError:
+            yield None
+            return
+        marks = file.metadata.metadata or {}
+        if marks.get(b"featurex.revision") != facts.revision.encode() or b"featurex.last_plan" not in marks:
+            raise TableDamagedError(
+                f"{store.uri}/{key} isn't an object of this table's revision {facts.revision}"
+            )
+        yield _Target(file, etag, int(marks[b"featurex.last_plan"]))
+
+
+def _write(store: ObjectStore, facts: TableFacts, plan: Plan, base: _Target | None) -> None:
+    """The conditional request: creates the target, or replaces the generation that was merged.
+
+    Invariant: it has an effect only on `base`, so a request that arrives late has none.
+    """
+    key = facts.keys.feature_object(plan.dataset, plan.target)
+    if base is None and plan.kind != "new":
+        raise TableDamagedError(f"{store.uri}/{key} is missing, but plan {plan.plan_id} is to change it")
+    with store.scratch() as folder:
+        body = merge(store, facts, plan, base, folder)
+        if body.stat().st_size > store.single_put_bytes:
+            require_multipart(store)
+        if base is None:
+            ensure(store, key, body)
+        else:
+            _replace(store, key, body, etag=base.etag)
+
+
+def merge(store: ObjectStore, facts: TableFacts, plan: Plan, base: _Target | None, folder: Path) -> Path:
+    """Writes the target's next generation into `folder`: the rows of other samples, and the plan's.
+
+    Memory stays at a few row groups: the sources lie in the folder, mapped, and are read in order.
+
+    Raises:
+        TableDamagedError: A part is damaged or another's, or samples aren't staged.
+    """
+    samples = read_plan(store, facts, plan)
+    sources = [_mapped(_kept(facts, base, samples), facts.features_schema, folder / "kept")]
+    for number, key in enumerate([] if plan.kind == "prune" else part_keys(store, facts, plan), start=1):
+        part = read_part(store, facts, plan, key)
+        sources.append(_mapped(part.to_batches(), schemas.PART, folder / f"part-{number}"))
+    pieces = [*_runs(sources[_KEPT]), *_staged_units(sources, samples, plan)]
+    pieces.sort()
+    return _write_object(facts, plan, samples, sources, pieces, folder / "merged")
+
+
+_KEPT = 0
+"""The source that holds the rows of other samples; the parts follow."""
+
+
+def _kept(facts: TableFacts, base: _Target | None, samples: pa.Table) -> Iterator[pa.RecordBatch]:
+    if base is None:
+        return
+    for batch in base.file.iter_batches(batch_size=8192):
+        others = pc.invert(pc.is_in(batch["sample_id"], samples["sample_id"].combine_chunks()))
+        yield batch.filter(others).cast(facts.features_schema)
+
+
+def _mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path) -> pa.Table:
+    """The batches as a table that lies on disk: its pages come and go as they are needed."""
+    with pa.ipc.new_file(path, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(None))
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _runs(kept: pa.Table) -> Iterator[Unit]:
+    """The kept rows, a piece for each run of one sample."""
+    start = 0
+    for chunk in kept["sample_id"].chunks:
+        runs = pc.run_end_encode(chunk)
+        stops = [start + end for end in runs.run_ends.to_pylist()]
+        for name, stop in zip(runs.values.to_pylist(), stops, strict=True):
+            yield Unit(name, "", 1, 0, _KEPT, start, stop, False)
+            start = stop
+
+
+def _staged_units(sources: list[pa.Table], samples: pa.Table, plan: Plan) -> list[Unit]:
+    """The units of the plan's good samples, one attempt of each.
+
+    Raises:
+        TableDamagedError: A sample isn't staged, or isn't the plan's.
+    """
+    if plan.kind == "prune":
+        return []
+    found = list(choose(unit for n, rows in enumerate(sources[1:], start=1) for unit in units_of(rows, n)))
+    planned, staged = set(samples["sample_id"].to_pylist()), {sample.sample_id for sample in found}
+    for wrong, what in (
+        (planned - staged, "not wholly staged"),
+        (staged - planned, "staged but not planned"),
+    ):
+        if wrong:
+            raise TableDamagedError(
+                f"plan {plan.plan_id} of {plan.dataset}: {len(wrong)} samples are {what}, "
+                f"such as {min(wrong)!r}"
+            )
+    return [unit for sample in found for unit in sample.units]
+
+
+def _write_object(
+    facts: TableFacts, plan: Plan, samples: pa.Table, sources: list[pa.Table], pieces: list[Unit], path: Path
+) -> Path:
+    run_ids: set[str] = set()
+    with pq.ParquetWriter(
+        path,
+        facts.features_schema,
+        compression="zstd",
+        use_dictionary=_DICTIONARY_COLUMNS,
+        write_page_checksum=True,
+    ) as writer:
+        order = _Order()
+        for group in _cut(pieces, sources):
+            rows = _gather(facts, samples, sources, group)
+            order.check(rows)
+            writer.write_table(rows, row_group_size=rows.num_rows)
+            run_ids.update(pc.unique(rows["run_id"]).to_pylist())
+        order.check_end()
+        writer.add_key_value_metadata(_marks(facts, plan) | {"featurex.run_ids": json.dumps(sorted(run_ids))})
+    return path
+
+
+def _marks(facts: TableFacts, plan: Plan) -> dict[str, str]:
+    return {
+        "featurex.table": facts.name,
+        "featurex.dataset": plan.dataset,
+        "featurex.extractor": json.dumps(facts.extractor),
+        "featurex.revision": facts.revision,
+        "featurex.dimension": str(facts.dimension),
+        "featurex.last_plan": str(plan.number),
+    }
+
+
+def _cut(pieces: list[Unit], sources: list[pa.Table]) -> Iterator[list[Unit]]:
+    """Pieces in groups of about `ROW_GROUP_BYTES`."""
+    row_bytes = [rows.nbytes / max(1, rows.num_rows) for rows in sources]
+    group: list[Unit] = []
+    size = 0.0
+    for piece in pieces:
+        group.append(piece)
+        size += (piece.stop - piece.start) * row_bytes[piece.source]
+        if size >= ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0.0
+    if group:
+        yield group
+
+
+def _gather(facts: TableFacts, samples: pa.Table, sources: list[pa.Table], group: list[Unit]) -> pa.Table:
+    """The rows of one row group, in order. Each source is touched in one stretch, or nearly."""
+    found = []
+    for source, pieces in groupby(sorted(group, key=_by_place), key=lambda piece: piece.source):
+        slices = [sources[source].slice(start, stop - start) for start, stop in _stretches(pieces)]
+        rows = pa.concat_tables(slices)
+        found.append(rows if source == _KEPT else _features(facts, samples, rows))
+    return pa.concat_tables(found).sort_by([("sample_id", "ascending"), ("clip_index", "ascending")])
+
+
+def _by_place(piece: Unit) -> tuple[int, int]:
+    return piece.source, piece.start
+
+
+def _stretches(pieces: Iterable[Unit]) -> Iterator[tuple[int, int]]:
+    start = stop = 0
+    for piece in pieces:
+        if piece.start != stop:
+            if stop > start:
+                yield start, stop
+            start = piece.start
+        stop = piece.stop
+    yield start, stop
+
+
+def _features(facts: TableFacts, samples: pa.Table, rows: pa.Table) -> pa.Table:
+    """Staged rows as feature rows: what the media says from the part, the rest from the plan."""
+    planned = samples.take(pc.index_in(rows["sample_id"], samples["sample_id"].combine_chunks()))
+    columns = []
+    for item in facts.features_schema:
+        if item.name == "extractor_revision":
+            columns.append(pa.repeat(pa.scalar(facts.revision), rows.num_rows))
+        else:
+            columns.append((rows if item.name in rows.column_names else planned)[item.name])
+    return pa.Table.from_arrays(columns, schema=facts.features_schema)
+
+
+class _Order:
+    """Whole samples, each once, in order: checked on what is written, wherever it came from."""
+
+    def __init__(self) -> None:
+        self._sample = ""
+        self._clip = -1
+        self._num_clips = 0
+
+    def check(self, rows: pa.Table) -> None:
+        """Continues with the next rows."""
+        columns = (rows[name].to_pylist() for name in ("sample_id", "clip_index", "num_clips"))
+        for sample, clip, num_clips in zip(*columns, strict=True):
+            if clip == 0 and (sample > self._sample or self._clip < 0):
+                self.check_end()
+            elif sample != self._sample or clip != self._clip + 1 or num_clips != self._num_clips:
+                raise TableDamagedError(
+                    f"sample {sample!r}: clip {clip} of {num_clips} is doubled or out of place"
+                )
+            self._sample, self._clip, self._num_clips = sample, clip, num_clips
+
+    def check_end(self) -> None:
+        """The sample so far must be whole."""
+        if self._clip + 1 != self._num_clips:
+            raise TableDamagedError(
+                f"sample {self._sample!r} has {self._clip + 1} of {self._num_clips} clips"
+            )
+
+
+def finish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published | None:
+    """Completes a plan that is published, by whomever; None if it isn't yet.
+
+    Invariant: all that follows is decided by one read of the target, pinned to its ETag, and each
+    step is a conditional write that finds itself already made when it is repeated.
+    """
+    samples = read_plan(store, facts, plan)
+    ids = samples["sample_id"].combine_chunks()
+    with _open_target(store, facts, plan) as target:
+        if target is None or target.last_plan < plan.number:
+            return None
+        if target.last_plan > plan.number:  # a later plan was made only because this one is done
+            return read_done(store, facts, plan)
+        held = pc.is_in(ids, _sample_ids(target.file))
+        num_rows, etag = target.file.metadata.num_rows, target.etag
+    failed = ids.filter(pc.invert(held)) if plan.kind != "prune" else ids.slice(0, 0)
+    if len(failed):
+        body = _encode_failures(facts, plan, samples, read_failures(store, facts, plan, failed))
+        ensure(store, facts.keys.failure_object(plan.dataset, plan.number), body)
+    for older in plan.failed_in:
+        _remove_failures(store, facts.keys.failure_object(plan.dataset, older), ids)
+    key = facts.keys.feature_object(plan.dataset, plan.target)
+    done = Published(key, etag, num_rows, len(ids) - len(failed), len(failed), plan.run_id)
+    ensure(store, facts.keys.done_record(plan.dataset, plan.number), json.dumps(asdict(done)).encode())
+    return done
+
+
+def _sample_ids(file: pq.ParquetFile) -> pa.Array:
+    groups = [
+        pc.unique(file.read_row_group(number, columns=["sample_id"])["sample_id"])
+        for number in range(file.num_row_groups)
+    ]
+    return pa.concat_arrays([pa.array([], pa.string()), *groups])
+
+
+def _encode_failures(facts: TableFacts, plan: Plan, samples: pa.Table, failures: pa.Table) -> bytes:
+    planned = samples.take(pc.index_in(failures["sample_id"], samples["sample_id"].combine_chunks()))
+    columns = [
+        (failures if name in failures.column_names else planned)[name] for name in schemas.FAILURES.names
+    ]
+    marks = {name: value for name, value in _marks(facts, plan).items() if name != "featurex.last_plan"}
+    return _encode(pa.Table.from_arrays(columns, schema=schemas.FAILURES.with_metadata(marks)))
+
+
+def _encode(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        rows, sink, compression="zstd", use_dictionary=_DICTIONARY_COLUMNS, write_page_checksum=True
+    )
+    return bytes(sink.getvalue())
+
+
+def _remove_failures(store: ObjectStore, key: str, ids: pa.Array) -> None:
+    """Takes samples out of an older failure object, which only ever shrinks."""
+    for _ in attempts():
+        with open_parquet(store, key) as (file, etag):
+            rows = file.read()
+        left = rows.filter(pc.invert(pc.is_in(rows["sample_id"], ids)))
+        if left.num_rows == rows.num_rows:
+            return
+        _replace(store, key, _encode(left), etag=etag)
+    raise StoreUnavailableError(f"{store.uri}/{key} could not be replaced in time")
+
+
+def _replace(store: ObjectStore, key: str, body: Body, *, etag: str) -> None:
+    """Replaces this generation, unless it is another's by now: the caller reads it again."""
+    settle(lambda: store.replace(key, body, etag=etag), over=lambda: store.head(key) != etag)
