@@ -107,7 +107,7 @@ class CsvRows:
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Rows.batches`."""
-        wanted = [name for name in columns if name in self.columns]
+        wanted = [name for name in columns if name in self.columns and name != DATA]
         if not wanted:
             return  # an empty file, or one without any column of a manifest
         with self._file.open() as opened:
@@ -146,6 +146,7 @@ class JsonRows:
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Rows.batches`."""
+        wanted = [name for name in columns if name != DATA]
         first_row = 1
         with self._file.open() as opened:
             lines = (line for line in opened if not line.isspace())
@@ -153,8 +154,8 @@ class JsonRows:
                 rows = _parse_lines(chunk, first_row)
                 for row in rows:
                     self._met.update(dict.fromkeys(row))
-                found = [_json_column([row.get(name) for row in rows]) for name in columns]
-                fields = [pa.field(name, column.type) for name, column in zip(columns, found, strict=True)]
+                found = [_json_column([row.get(name) for row in rows]) for name in wanted]
+                fields = [pa.field(name, column.type) for name, column in zip(wanted, found, strict=True)]
                 # A batch without columns would forget how many rows it has.
                 rows_column = pa.nulls(len(rows))
                 yield pa.RecordBatch.from_arrays(
