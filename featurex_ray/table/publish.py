@@ -215,7 +215,7 @@ def _write_object(
         use_dictionary=_DICTIONARY_COLUMNS,
         write_page_checksum=True,
     ) as writer:
-        order = _Order()
+        order = WholeSamples()
         for group in _cut(pieces, sources):
             rows = _gather(facts, samples, sources, group)
             order.check(rows)
@@ -289,7 +289,7 @@ def _features(facts: TableFacts, samples: pa.Table, rows: pa.Table) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=facts.features_schema)
 
 
-class _Order:
+class WholeSamples:
     """Whole samples, each once, in order: checked on what is written, wherever it came from."""
 
     def __init__(self) -> None:
