@@ -1,0 +1,64 @@
+"""`attention_convnet`: a small convolutional network for 32x32 pictures that attends to their cells."""
+
+import torch
+from torch import Tensor, nn
+
+NUM_CELLS = 25
+
+
+class AttentionConvNet(nn.Module):
+    """The small network, its 25 cells of the last feature map weighted by attention.
+
+    x is (3, 32, 32), normalised with mean and std 0.5; `pool` is 2x2 max-pooling. With
+    `t(V) = relu(fc2(relu(fc1(flatten(V)))))`:
+
+        V       = pool(relu(conv2(pool(relu(conv1(x))))))          (16, 5, 5)
+        h       = t(V)                                             (84,)
+        e       = attention(h)                                     (25,)
+        alpha   = softmax(e)                                       (25,)   the attention, [5, 5]
+        h'      = t(25 * alpha * V)                                (84,)
+        g       = sigmoid(attention_combine(tanh(e)))              (1,)
+        feature = g * h' + (1 - g) * h                             (84,)
+        logits  = fc3(feature)                                     (10,)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+        self.attention = nn.Linear(84, NUM_CELLS)
+        self.attention_combine = nn.Linear(NUM_CELLS, 1)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and attention of single frames.
+
+        Args:
+            frames: (B, 1, 3, 32, 32) floating, normalised.
+
+        Returns:
+            The feature (B, 84) and the attention (B, 5, 5), which sums to 1.
+        """
+        cells = self._pool(self.conv2(self._pool(self.conv1(frames.flatten(0, 1)))))
+        plain = self._trunk(cells)
+        # float32, so that the weights sum to 1 in bf16 runs too.
+        scores = self.attention(plain).float()
+        weights = torch.softmax(scores, dim=-1).unflatten(-1, (5, 5))
+        attended = self._trunk(NUM_CELLS * weights.unsqueeze(1) * cells)
+        gate = torch.sigmoid(self.attention_combine(torch.tanh(scores)))
+        return gate * attended + (1 - gate) * plain, weights
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """The scores of the ten classes, (B, 10), for training."""
+        feature, _ = self(frames)
+        scores: Tensor = self.fc3(feature)
+        return scores
+
+    @staticmethod
+    def _pool(maps: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(torch.relu(maps), 2)
+
+    def _trunk(self, cells: Tensor) -> Tensor:
+        return torch.relu(self.fc2(torch.relu(self.fc1(cells.flatten(1)))))
