@@ -482,8 +482,9 @@ def make_plans(
     """
     seen = compare(store, facts, samples)
     made = {(plan.dataset, plan.number): plan for plan in seen.open_plans}
-    for dataset, target, rows in _groups(facts, seen, samples, max_samples_per_plan):
-        plans = _create(store, facts, seen.log, dataset, target, rows, run_id)
+    rivals = _Rivals()
+    for group, rows in _groups(facts, seen, samples, max_samples_per_plan):
+        plans = _create(store, facts, seen.log, rivals, group, rows, run_id)
         made |= {(plan.dataset, plan.number): plan for plan in plans}
     return [made[place] for place in sorted(made)]
 
@@ -493,8 +494,8 @@ _FAILED_IN = "failed_in"
 
 def _groups(
     facts: TableFacts, seen: Comparison, samples: Samples, max_samples: int
-) -> Iterator[tuple[str, int, pa.Table]]:
-    """(dataset, target, rows) of each plan to make, as soon as its last row has been read.
+) -> Iterator[tuple[tuple[str, int], pa.Table]]:
+    """((dataset, target), rows) of each plan to make, as soon as its last row has been read.
 
     Rows of one dataset stay in the manifest's order, so that neighbours share a plan. When many
     datasets are mixed, the fullest goes early, so that memory stays bounded.
@@ -513,12 +514,12 @@ def _groups(
             left[group] -= piece.num_rows
             if size[group] == limit or left[group] == 0:
                 del size[group]
-                yield *group, pa.Table.from_batches(held.pop(group))
+                yield group, pa.Table.from_batches(held.pop(group))
         if size.total() > BUFFERED_ROWS:
             fullest = max(size, key=lambda own: (own[1] == OWN_TARGET) * size[own])
             if fullest[1] == OWN_TARGET:
                 del size[fullest]
-                yield *fullest, pa.Table.from_batches(held.pop(fullest))
+                yield fullest, pa.Table.from_batches(held.pop(fullest))
 
 
 def _rows_to_do(
@@ -541,30 +542,60 @@ def _rows_to_do(
             yield (group["dataset"], group["target"]), chosen.filter(ours).drop_columns(["target"])
 
 
+class _Rivals:
+    """Entries of the log that other runs made after it was compared. Every later entry regards them all."""
+
+    def __init__(self) -> None:
+        self._plans: dict[str, list[tuple[Plan, IdIndex]]] = {}
+
+    def add(self, plan: Plan, file: pq.ParquetFile) -> None:
+        """Notes an entry that was lost to somebody else."""
+        ids = IdIndex(hash_ids(plan.dataset, file.read(["sample_id"])["sample_id"]))
+        self._plans.setdefault(plan.dataset, []).append((plan, ids))
+
+    def left(self, dataset: str, target: int, rows: pa.Table) -> tuple[pa.Table, list[Plan]]:
+        """The rows that no rival names, none if a rival has their target; and the rivals that took any."""
+        hashes = hash_ids(dataset, rows["sample_id"])
+        ours = np.ones(rows.num_rows, bool)
+        takers = []
+        for plan, ids in self._plans.get(dataset, ()):
+            taken = (ids.find(hashes) >= 0) | (plan.target == target)
+            ours &= ~taken
+            if taken.any():
+                takers.append(plan)
+        return rows.filter(pa.array(ours)), takers
+
+
 def _create(
-    store: ObjectStore, facts: TableFacts, log: Log, dataset: str, target: int, rows: pa.Table, run_id: str
+    store: ObjectStore,
+    facts: TableFacts,
+    log: Log,
+    rivals: _Rivals,
+    group: tuple[str, int],
+    rows: pa.Table,
+    run_id: str,
 ) -> list[Plan]:
     """Creates the next entry of the log; who loses reads the winner's and plans what it left.
+
+    Invariant: entry n is only asked for when all before it have been compared with its rows.
 
     Returns:
         The plans that these rows ended up in, this run's and those that came first.
     """
+    dataset, target = group
     rows = rows.sort_by("sample_id")
     _check_unique(rows["sample_id"].combine_chunks())
-    plans: list[Plan] = []
-    while rows.num_rows:
-        plan = _next_plan(log, dataset, target, rows, run_id)
-        key = facts.keys.plan(dataset, plan.number)
-        ensure(store, key, _encode(plan, rows.drop_columns([_FAILED_IN])))
+    while True:
+        ours, takers = rivals.left(dataset, target, rows)
+        if not ours.num_rows:
+            return takers
+        plan = _next_plan(log, dataset, target, ours, run_id)
+        ensure(store, facts.keys.plan(dataset, plan.number), _encode(plan, ours.drop_columns([_FAILED_IN])))
         log.plans.setdefault(dataset, []).append(plan.number)
         with open_plan(store, facts, dataset, plan.number) as (winner, file):
             if winner.token == plan.token:
-                return [*plans, winner]
-            theirs = pc.is_in(rows["sample_id"], file.read(["sample_id"])["sample_id"].combine_chunks())
-        if pc.any(theirs).as_py() or winner.target == target:
-            plans.append(winner)
-        rows = rows.slice(0, 0) if winner.target == target else rows.filter(pc.invert(theirs))
-    return plans
+                return [*takers, plan]
+            rivals.add(winner, file)
 
 
 def _check_unique(ids: pa.Array) -> None:

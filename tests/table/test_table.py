@@ -1,0 +1,292 @@
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+
+from featurex_ray.errors import (
+    ManifestError,
+    RequestError,
+    RevisionMismatchError,
+    TableDamagedError,
+    TableNotFoundError,
+)
+from featurex_ray.table import FeatureTable, open_store
+from featurex_ray.table.plan import State
+from featurex_ray.table.store import ObjectStore
+from featurex_ray.table.verify import verify
+from tests.table.conftest import FACTS, World, content, observed, public_etags, run, stage
+
+
+def test_run(table: FeatureTable) -> None:
+    world = World(datasets=("a", "b.1"), failing=frozenset({"s0003", "s0004"}))
+    assert run(table, world) == 6
+    assert content(table) == world.expected()
+    assert verify(table.store, table.facts, world.samples).ok
+
+
+def test_run_is_resumed_where_it_stopped(table: FeatureTable) -> None:
+    world = World()
+    plan = table.plan(world.samples, run_id="one")[0]
+    table.write_part(plan, world.part(["s0001", "s0003"], run_id="one"))
+    assert table.staged_samples(plan) == {"s0001", "s0003"}
+    run(pickle.loads(pickle.dumps(table)), world, run_id="two")
+    assert content(table) == world.expected()
+    rows = table.store.read("t/dataset=d/0000000000.parquet")[0]
+    made_by = pa.parquet.read_table(pa.BufferReader(rows)).select(["sample_id", "run_id"]).to_pylist()
+    assert {row["sample_id"] for row in made_by if row["run_id"] == "one"} == {"s0001", "s0003"}
+
+
+def test_run_again_writes_nothing(table: FeatureTable) -> None:
+    world = World(failing=frozenset({"s0005"}))
+    run(table, world)
+    operations: list[str] = []
+    watched = observed(table.store, lambda operation, moment, key: operations.append(operation))
+    assert run(replace(table, store=watched), world) == 0
+    assert operations
+    assert not {"create", "replace", "put", "write", "link", "rename"} & set(operations)
+
+
+def test_changed_samples_replace_the_object_that_holds_them(table: FeatureTable) -> None:
+    run(table, World(version="1"))
+    before = public_etags(table.store)
+    run(table, World(version=None))  # null is never a change
+    assert public_etags(table.store) == before
+    changed = World(num_samples=14, version="22", failing=frozenset({"s0002"}))
+    run(table, changed)
+    assert content(table) == changed.expected()
+    added = [key.partition("/")[0] for key in set(public_etags(table.store)) - set(before)]
+    assert sorted(added) == ["t", "t.failures"]  # an object for the two new samples; one for the failure
+    assert verify(table.store, table.facts, changed.samples).ok
+
+
+def test_failed_samples_are_held_until_their_version_changes(table: FeatureTable) -> None:
+    failing = World(version="1", failing=frozenset({"s0002", "s0011"}))
+    run(table, failing)
+    assert table.compare(failing.samples).failed == 2
+    assert run(table, World(version="1")) == 0
+    mended = World(version="2")
+    run(table, mended)
+    assert content(table) == mended.expected()
+    assert verify(table.store, table.facts, mended.samples).ok
+
+
+def test_object_and_failures_without_rows(table: FeatureTable) -> None:
+    world = World(num_samples=2, failing=frozenset({"s0000", "s0001"}))
+    run(table, world)
+    assert content(table) == ([], [("d", "s0000"), ("d", "s0001")])
+    assert len(public_etags(table.store)) == 2
+
+
+def test_compare_counts_and_writes_nothing(local_table: FeatureTable) -> None:
+    run(local_table, World(num_samples=6, version="1", failing=frozenset({"s0001"})))
+    local_table.plan(World(num_samples=8).samples, run_id="r")
+    before = [item.key for item in local_table.store.list("")]
+    work = local_table.compare(World(num_samples=9, version="2").samples)
+    assert [item.key for item in local_table.store.list("")] == before
+    assert work.counts == {
+        ("d", State.CHANGED): 5,
+        ("d", State.REVISED): 1,
+        ("d", State.OPEN): 2,
+        ("d", State.NEW): 1,
+    }
+    assert (work.new, work.changed, work.open, work.done, work.failed) == (1, 6, 2, 0, 0)
+    assert FeatureTable.preview(local_table.store, "other", World().samples).new == 12
+
+
+def test_samples_of_open_targets_wait(local_table: FeatureTable) -> None:
+    run(local_table, World(version="1"), per_plan=12)
+    half = World(num_samples=6, version="2")
+    first = local_table.plan(half.samples, run_id="one")
+    again = local_table.plan(World(version="2").samples, run_id="two")
+    assert [plan.number for plan in first] == [plan.number for plan in again] == [1]
+    run(local_table, World(version="2"))
+    assert content(local_table) == World().expected()
+
+
+def test_racing_planners_share_no_sample(store: ObjectStore) -> None:
+    tables = [FeatureTable.open_or_create(store, FACTS) for _ in range(4)]
+    worlds = [World(num_samples=10 + 2 * n) for n in range(4)]
+    barrier = threading.Barrier(4)
+
+    def race(n: int) -> int:
+        barrier.wait()
+        return run(tables[n], worlds[n], run_id=f"run-{n}", per_plan=4)
+
+    with ThreadPoolExecutor(4) as racers:
+        assert all(racers.map(race, range(4)))
+    assert content(tables[0]) == worlds[3].expected()
+    named = [
+        name
+        for item in store.list("_featurex/t/plans/")
+        for name in pa.parquet.read_table(pa.BufferReader(store.read(item.key)[0]))["sample_id"].to_pylist()
+    ]
+    assert sorted(named) == [f"s{i:04d}" for i in range(16)]
+
+
+def test_racing_publishers_publish_once(store: ObjectStore) -> None:
+    table = FeatureTable.open_or_create(store, FACTS)
+    world = World(failing=frozenset({"s0001"}))
+    (plan,) = table.plan(world.samples, run_id="r")
+    stage(table, plan, world)
+    with ThreadPoolExecutor(4) as racers:
+        assert len(set(racers.map(table.publish, [plan] * 4))) == 1
+    assert content(table) == world.expected()
+
+
+def test_one_attempt_of_each_unit(local_table: FeatureTable) -> None:
+    """Units staged twice, by extractors that disagree: each unit's rows are of one attempt."""
+    world = World(num_samples=4)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    for run_id in ("one", "two"):
+        local_table.write_part(plan, world.part(["s0000", "s0001", "s0002", "s0003"], run_id=run_id))
+    local_table.publish(plan)
+    assert content(local_table) == world.expected()
+
+
+def test_units_of_one_generation(local_table: FeatureTable) -> None:
+    """Half of a sample from one generation of its media and half from another isn't a sample."""
+    world = World(num_samples=1)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    whole = world.part(["s0000"], etag="new")
+    local_table.write_part(plan, world.part(["s0000"], etag="old").slice(0, 2))
+    local_table.write_part(plan, whole.slice(2))
+    assert not local_table.is_staged(plan)
+    with pytest.raises(TableDamagedError, match="1 samples are not wholly staged, such as 's0000'"):
+        local_table.publish(plan)
+    local_table.write_part(plan, whole.slice(0, 2))
+    local_table.publish(plan)
+    assert content(local_table) == world.expected()
+
+
+def test_a_good_attempt_beats_a_failed_one(local_table: FeatureTable) -> None:
+    world = World(num_samples=1)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    local_table.write_part(plan, World(failing=frozenset({"s0000"})).part(["s0000"]))
+    local_table.write_part(plan, world.part(["s0000"]))
+    assert local_table.publish(plan).num_failed == 0
+
+
+def test_read_plan_slices(local_table: FeatureTable) -> None:
+    (plan,) = local_table.plan(World(num_samples=2500).samples, run_id="r")
+    whole = local_table.read_plan(plan)
+    assert whole["sample_id"].to_pylist() == [f"s{i:04d}" for i in range(2500)]
+    for rows in (range(0, 1024), range(1024, 2048), range(2048, 2500), range(1000, 1030)):
+        assert local_table.read_plan(plan, rows) == whole.slice(rows.start, len(rows))
+
+
+def test_max_samples_per_plan(local_table: FeatureTable) -> None:
+    plans = local_table.plan(World(num_samples=23).samples, run_id="r", max_samples_per_plan=10)
+    assert [plan.num_samples for plan in plans] == [10, 10, 3]
+
+
+def test_save_report(table: FeatureTable) -> None:
+    assert table.store.read(table.save_report("r1", {"done": 3}))[0] == b'{\n "done": 3\n}'
+
+
+def test_open_fails(store: ObjectStore) -> None:
+    with pytest.raises(TableNotFoundError, match="no feature table named 'nothing'"):
+        FeatureTable.open(store, "nothing")
+
+
+def test_another_revision_fails(table: FeatureTable) -> None:
+    other = replace(FACTS, revision="rev-2", extractor={"name": "fake", "precision": "bf16"})
+    with pytest.raises(RevisionMismatchError, match=r"rev-1, .*rev-2 .precision: 'fp32' there, 'bf16' here"):
+        FeatureTable.open_or_create(table.store, other)
+
+
+def test_other_carried_columns_fails(table: FeatureTable) -> None:
+    other = replace(FACTS, carried=pa.schema([("label", pa.int64())]))
+    with pytest.raises(RequestError, match="without the carried column label: int64"):
+        FeatureTable.open_or_create(table.store, other)
+
+
+def test_public_objects_without_facts_fails(store: ObjectStore) -> None:
+    store.create("t/dataset=d/part-0.parquet", b"somebody else's")
+    with pytest.raises(RequestError, match="this is not a table of ours"):
+        FeatureTable.open_or_create(store, FACTS)
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "_featurex", "x.failures", ".hidden", "ä"])
+def test_table_name_fails(local_table: FeatureTable, name: str) -> None:
+    with pytest.raises(RequestError, match="can't be a table's name"):
+        FeatureTable.open_or_create(local_table.store, replace(FACTS, name=name))
+
+
+def test_duplicate_samples_fails(local_table: FeatureTable) -> None:
+    def twice() -> list[pa.RecordBatch]:
+        return [*World(num_samples=2).samples(), *World(num_samples=1).samples()]
+
+    with pytest.raises(ManifestError, match="sample 's0000' occurs more than once"):
+        local_table.plan(twice, run_id="r")
+
+
+def test_write_part_fails(local_table: FeatureTable) -> None:
+    world = World(num_samples=2)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    rows = world.part(["s0001"])
+    place = rows.schema.get_field_index("feature")
+    for feature, message in (
+        ([1.0, 2.0], "features have 2 values"),
+        ([1.0, float("nan"), 1.0, 1.0], "aren't finite"),
+    ):
+        bad = rows.set_column(place, "feature", pa.array([feature], pa.list_(pa.float32())))
+        with pytest.raises(ValueError, match=message):
+            local_table.write_part(plan, bad)
+
+
+def test_clips_that_do_not_fit_fails(local_table: FeatureTable) -> None:
+    world = World(num_samples=1)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    rows = world.part(["s0000"])
+    place = rows.schema.get_field_index("clip_index")
+    local_table.write_part(plan, rows.set_column(place, "clip_index", pa.array([0, 1, 1, 2], pa.int32())))
+    with pytest.raises(TableDamagedError, match="sample 's0000': clip 1 of 4 is doubled"):
+        local_table.publish(plan)
+
+
+def test_damaged_part_fails(local_table: FeatureTable) -> None:
+    world = World()
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    stage(local_table, plan, world)
+    key = next(local_table.store.list("_featurex/t/staging/")).key
+    body = bytearray(local_table.store.read(key)[0])
+    body[60] ^= 1
+    local_table.store.put(key, bytes(body))
+    with pytest.raises(TableDamagedError, match=f"{key} is damaged"):
+        local_table.publish(plan)
+
+
+def test_part_of_another_plan_fails(local_table: FeatureTable) -> None:
+    world = World(num_samples=4)
+    one, two = local_table.plan(world.samples, run_id="r", max_samples_per_plan=2)
+    stage(local_table, one, world)
+    item = next(local_table.store.list("_featurex/t/staging/"))
+    local_table.store.put(item.key.replace("0000000000/", "0000000001/"), local_table.store.read(item.key)[0])
+    with pytest.raises(TableDamagedError, match="is not a part of plan 0000000001"):
+        local_table.staged_samples(two)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 3, 400])
+def test_damaged_plan_fails(local_table: FeatureTable, num_bytes: int) -> None:
+    (plan,) = local_table.plan(World().samples, run_id="r")
+    key = local_table.facts.keys.plan("d", plan.number)
+    local_table.store.put(key, local_table.store.read(key)[0][:num_bytes])
+    with pytest.raises(TableDamagedError, match=f"{key} can't be read"):
+        local_table.compare(World().samples)
+
+
+def test_missing_plan_fails(local_table: FeatureTable) -> None:
+    local_table.plan(World().samples, run_id="r", max_samples_per_plan=4)
+    local_table.store.delete(local_table.facts.keys.plan("d", 1))
+    with pytest.raises(TableDamagedError, match=r"0000000001\.parquet is missing, but later plans exist"):
+        local_table.compare(World().samples)
+
+
+def test_deleted_object_fails(local_table: FeatureTable) -> None:
+    run(local_table, World(), per_plan=12)
+    (open_store(local_table.store.uri).root / "t/dataset=d/0000000000.parquet").unlink()
+    with pytest.raises(TableDamagedError, match=r"0000000000\.parquet is missing, but plan 0000000000 is done"):
+        local_table.plan(World().samples, run_id="r")
