@@ -1,22 +1,22 @@
 """Every error that this package raises on purpose.
 
-    FeaturexError
-    ├── RequestError                 the request is wrong; nothing was written (exit 2)
-    │   ├── ManifestError            a manifest that can't be read or used
-    │   ├── RefusedUriError          a URI outside what this run may read
-    │   ├── ExtractorError           an unknown extractor, or options it doesn't take
-    │   ├── WeightsError             weights that are missing, altered or of another shape
-    │   ├── RevisionMismatchError    the output holds another extractor revision
-    │   ├── StoreRefusedError        a store that can't keep the write protocol's promises
-    │   └── TableNotFoundError       no feature table there
-    ├── RunError                     the run failed and can be run again (exit 1)
-    │   ├── StoreUnavailableError    the store did not answer within the time limit
-    │   └── TableDamagedError        published or staged objects contradict the log
-    └── SampleError                  one sample can't be used; it becomes a failure row
-        ├── FetchError               stage "fetch"
-        ├── ProbeError               stage "probe"
-        ├── DecodeError              stage "decode"
-        └── ExtractError             stage "extract"
+FeaturexError
+├── RequestError                 the request is wrong; nothing was written (exit 2)
+│   ├── ManifestError            a manifest that can't be read or used
+│   ├── RefusedUriError          a URI outside what this run may read
+│   ├── ExtractorError           an unknown extractor, or options it doesn't take
+│   ├── WeightsError             weights that are missing, altered or of another shape
+│   ├── RevisionMismatchError    the output holds another extractor revision
+│   ├── StoreRefusedError        a store that can't keep the write protocol's promises
+│   └── TableNotFoundError       no feature table there
+├── RunError                     the run failed and can be run again (exit 1)
+│   ├── StoreUnavailableError    the store did not answer within the time limit
+│   └── TableDamagedError        published or staged objects contradict the log
+└── SampleError                  one sample can't be used; it becomes a failure row
+    ├── FetchError               stage "fetch"
+    ├── ProbeError               stage "probe"
+    ├── DecodeError              stage "decode"
+    └── ExtractError             stage "extract"
 """
 
 from typing import ClassVar, Literal

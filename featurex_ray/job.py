@@ -22,7 +22,7 @@ TABLE_PATTERN = DATASET_PATTERN
 def option(
     default: Any = dataclasses.MISSING,
     *,
-    help: str,
+    help: str,  # noqa: A002  click's own word
     metavar: str | None = None,
     group: str,
 ) -> Any:

@@ -1,0 +1,335 @@
+"""The command line: thin doors to the library, one function a command."""
+
+import dataclasses
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from featurex_ray.console import print_rows
+from featurex_ray.errors import FeaturexError, RequestError
+from featurex_ray.job import ExtractionJob, option_fields
+
+EXIT_FAILED = 1
+EXIT_REQUEST = 2
+EXIT_TOO_MANY_FAILURES = 3
+
+GROUP_TITLES = {
+    "data": "Data",
+    "model": "Model",
+    "video": "Video",
+    "safety": "Safety",
+    "scale": "Scale",
+}
+
+
+class FeaturexCommand(click.Command):
+    """A command whose help shows options in the job's groups, and whose errors are one message."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, grouped as the job's fields are."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(param, "group", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class FeaturexGroup(click.Group):
+    """Turns the package's errors into exit codes: 2 for a wrong request, 1 for a failed run."""
+
+    command_class = FeaturexCommand
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; errors raised on purpose become one message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            click.echo(f"featurex: {error}", err=True)
+            ctx.exit(EXIT_REQUEST)
+        except FeaturexError as error:
+            click.echo(f"featurex: {error}", err=True)
+            ctx.exit(EXIT_FAILED)
+
+
+class JobOption(click.Option):
+    """A click option made from a field of the job."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = GROUP_TITLES[group]
+
+
+def job_option(field: "dataclasses.Field[Any]") -> JobOption:
+    """The command line option of one of the job's fields."""
+    kind, choices = _option_type(field)
+    multiple = field.name in ("extractor", "weights", "allow_prefix", "only_prefix", "keep_columns")
+    required = field.default is dataclasses.MISSING
+    return JobOption(
+        ["--" + field.name.replace("_", "-"), field.name],
+        group=field.metadata["group"],
+        help=field.metadata["help"],
+        metavar=field.metadata["metavar"],
+        type=click.Choice(choices) if choices else kind,
+        multiple=multiple,
+        required=required,
+        default=None if required or multiple else field.default,
+        show_default=not required and not multiple and field.default is not None,
+    )
+
+
+def _option_type(field: "dataclasses.Field[Any]") -> tuple[type, list[str]]:
+    hint = typing.get_type_hints(ExtractionJob)[field.name]
+    if typing.get_origin(hint) is typing.Literal:
+        return str, list(typing.get_args(hint))
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = [m for m in members if m in (int, float)]
+    return (plain[0] if plain else str), []
+
+
+def read_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
+    """Take a YAML file's values as the defaults of this command; flags win."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RequestError(f"--config {path}: {error}") from error
+    if not isinstance(values, Mapping):
+        raise RequestError(f"--config {path}: give options as NAME: VALUE lines")
+    known = {param.name for param in ctx.command.params}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(set(values) - known):
+        raise RequestError(f"--config {path}: unknown options {', '.join(unknown)}")
+    ctx.default_map = values
+    return path
+
+
+def with_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a job: `MANIFEST`, `--config` and every field's."""
+    for field in reversed(option_fields()):
+        if field.name != "manifest":
+            click.decorators._param_memo(command, job_option(field))
+    config = click.option(
+        "--config",
+        metavar="FILE.yaml",
+        is_eager=True,
+        expose_value=False,
+        callback=read_config,
+        help="Read options from a YAML file, same names; flags win.",
+    )
+    return config(command)
+
+
+def job_from(manifest: str, options: dict[str, Any]) -> ExtractionJob:
+    """The job that a command line describes."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list | tuple) else value for name, value in options.items()
+    }
+    return ExtractionJob(manifest=manifest, **values)
+
+
+@click.group(
+    cls=FeaturexGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(package_name="featurex-ray")
+def cli() -> None:
+    """Turn archives of images and videos into feature tables.
+
+    A manifest names the media; an extractor makes one feature row per clip; the table is plain
+    Parquet, partitioned by dataset, that DuckDB, Spark, Trino, pandas and polars read as it is.
+
+    Start with `featurex demo`, then `featurex manifest` and `featurex extract`.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@cli.command()
+@click.option(
+    "--keep", metavar="DIR", help="Keep what the demo's object store holds, as a local copy in DIR."
+)
+def demo(keep: str | None) -> None:
+    """Run the whole thing on bundled media and an embedded S3 server, and show the result."""
+    from featurex_ray.demo import run_demo
+
+    run_demo(keep=keep)
+
+
+@cli.command()
+@click.argument("source")
+@click.option(
+    "--output", required=True, metavar="URI", help="Manifest to write: .parquet, .csv, .jsonl (.gz too)."
+)
+@click.option("--dataset", metavar="NAME", help="Value of the dataset column. Default: SOURCE's last part.")
+@click.option(
+    "--labels/--no-labels", default=None, help="Sub-folders are labels. Default: where there are any."
+)
+def manifest(source: str, output: str, dataset: str | None, labels: bool | None) -> None:
+    """List SOURCE (a prefix, or a tree of image folders) into a manifest."""
+    from featurex_ray.manifest import build_manifest
+
+    counts = build_manifest(source, output, dataset=dataset, labels=labels)
+    click.echo("\n".join(counts.lines()))
+
+
+@cli.command()
+@click.argument("manifest")
+@with_job_options
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would be done (new, changed, done, refused); write nothing."
+)
+def extract(manifest: str, dry_run: bool, **options: Any) -> None:
+    """Extract features from the media that MANIFEST names, into one table per extractor.
+
+    \b
+    featurex extract photos.parquet --output s3://bucket/features --extractor torchvision/resnet18
+    featurex extract 's3://b/manifests/*.parquet' --output s3://b/features --extractor cnn_lstm \\
+        --sampling uniform:16 --clip-seconds 10
+
+    Running it again does only what is not done yet. Exit codes: 0 done; 1 failed, run it again;
+    2 the request was wrong, nothing was written; 3 done, but too many samples failed.
+    """
+    sys.exit(run_extract(job_from(manifest, options), dry_run=dry_run))
+
+
+def run_extract(job: ExtractionJob, *, dry_run: bool) -> int:
+    """Run a job, show its progress and report; the exit code says how it went."""
+    from featurex_ray.pipeline.progress import console_progress
+    from featurex_ray.pipeline.report import report_lines
+    from featurex_ray.pipeline.run import plan_only, run
+
+    if dry_run:
+        click.echo("\n".join(plan_only(job)))
+        return 0
+    report = run(job, progress=console_progress())
+    click.echo("\n".join(report_lines(report)))
+    if report.failure_rate > job.max_failure_rate:
+        click.echo(
+            f"featurex: {report.failure_rate:.1%} of the samples failed, "
+            f"--max-failure-rate is {job.max_failure_rate:.1%}",
+            err=True,
+        )
+        return EXIT_TOO_MANY_FAILURES
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--media", metavar="URI", help="Folder or prefix of media to measure on. Default: bundled images."
+)
+@click.option("--extractor", default="torchvision/resnet18", show_default=True, metavar="NAME")
+@click.option(
+    "--weights", default="none", show_default=True, metavar="URI", help="Seeded ones are as fast as any."
+)
+@click.option("--samples", default=1000, show_default=True, help="Samples of the pipeline's run.")
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True
+)
+@click.option("--batch-size", type=int, help="Frames per device batch. Default: what suits the device.")
+@click.option("--device", metavar="DEVICE", help="Such as cuda. Default: a GPU where there is one.")
+@click.option(
+    "--ray/--no-ray", "with_ray", default=True, help="Run the whole pipeline too, or the stages alone."
+)
+@click.option("--json", "path", metavar="FILE", help="Write all figures there as well.")
+def benchmark(path: str | None, media: str | None, samples: int, **options: Any) -> None:
+    """Measure this machine: each stage alone, the bound they imply, and the pipeline against it."""
+    from featurex_ray.demo.walkthrough import MEDIA
+    from featurex_ray.pipeline.benchmark import benchmark as measure
+
+    found = measure(media or str(MEDIA / "images"), num_samples=samples, **options)
+    click.echo("\n".join(found.lines()))
+    if path:
+        Path(path).write_text(json.dumps(found.to_json(), indent=1))
+
+
+@cli.command()
+@click.argument("table")
+@click.option("--manifest", metavar="URI", help="Also check that each of this manifest's samples is there.")
+@click.option("--dataset", metavar="NAME", help="As given to extract, where the manifest has no such column.")
+def verify(table: str, manifest: str | None, dataset: str | None) -> None:
+    """Prove the accounting of TABLE: each sample once, in features or failures, whole."""
+    from featurex_ray.table.verify import verify_table
+
+    report = verify_table(table, manifest=manifest, dataset=dataset)
+    click.echo("\n".join(report.lines()))
+    sys.exit(0 if report.ok else EXIT_FAILED)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def extractors(as_json: bool) -> None:
+    """List the extractors: name, media, dimension, input, weights."""
+    from featurex_ray.models.registry import list_extractors
+
+    rows = list_extractors()
+    if as_json:
+        click.echo("\n".join(json.dumps(dataclasses.asdict(row)) for row in rows))
+        return
+    print_rows([dataclasses.asdict(row) for row in rows])
+
+
+@cli.command()
+@click.argument("table")
+@click.argument("sql")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True
+)
+def query(table: str, sql: str, form: str) -> None:
+    """Run SQL over TABLE with DuckDB; it is `features` there, its failures are `failures`.
+
+    \b
+    featurex query s3://bucket/features/cnn_lstm 'SELECT dataset, count(*) FROM features GROUP BY ALL'
+    """
+    from featurex_ray.table.read import open_table
+
+    result = open_table(table).query(sql)
+    if form == "csv":
+        result.to_pandas().to_csv(sys.stdout, index=False)
+    elif form == "json":
+        click.echo("\n".join(json.dumps(row, default=str) for row in result.to_pylist()))
+    else:
+        print_rows(result.to_pylist())
+
+
+@cli.command()
+@click.argument("table")
+@click.option("--sample", metavar="ID", help="Look for neighbours of this sample of the table.")
+@click.option("--image", metavar="FILE", help="Look for neighbours of this image (a path or URI).")
+@click.option("--dataset", metavar="NAME", help="The sample's dataset, where several have one of that name.")
+@click.option("--weights", metavar="URI", help="The extractor's weights, if they lie elsewhere by now.")
+@click.option("-k", default=10, show_default=True, help="How many neighbours.")
+def search(
+    table: str, sample: str | None, image: str | None, dataset: str | None, weights: str | None, k: int
+) -> None:
+    """Find the nearest neighbours of a sample, or of an image, by cosine similarity."""
+    from featurex_ray.table.read import open_table
+
+    if (sample is None) == (image is None):
+        raise RequestError("give either --sample ID or --image FILE")
+    opened = open_table(table)
+    if image is None:
+        found = opened.search(sample_id=sample, dataset=dataset, k=k)
+    else:
+        from featurex_ray.search import search_image
+
+        found = search_image(opened, image, k=k, weights=weights)
+    print_rows(found.to_pylist())
+
+
+def main() -> None:
+    """Entry point of the `featurex` command."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Rows as a person reads them on a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LONGEST_LIST = 4
+
+
+def print_rows(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
+    """Print rows as a table; long lists are shown by their beginning and length."""
+    console = Console(highlight=False)
+    if not rows:
+        console.print(f"{title or 'rows'}: none")
+        return
+    table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    for name in rows[0]:
+        numeric = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(show(value) for value in row.values()))
+    console.print(table)
+
+
+def show(value: Any) -> str:
+    """A value, short enough for a cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        shown = ", ".join(show(item) for item in value[:LONGEST_LIST])
+        return f"[{shown}]" if len(value) <= LONGEST_LIST else f"[{shown}, ... {len(value)}]"
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    return str(value)

@@ -1,0 +1,150 @@
+"""How many actors of what size: from the cluster's resources, the job's bounds and the work's size."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import ActorPoolStrategy
+
+from featurex_ray.errors import RequestError
+from featurex_ray.job import ExtractionJob, PoolSize
+
+SMALL_TASK_CPUS = 0.05
+"""Reading plans and staging parts wait for the store; they reserve next to nothing."""
+
+
+IMAGES_PER_BLOCK = 64
+INLINE_PER_BLOCK = 1024
+"""Media that lie in the manifest are small, so that a block's own cost is what counts."""
+VIDEOS_PER_EXTRACT = {False: 4, True: 16}
+"""Video units of an extract call, without and with a GPU: their frames fill device batches."""
+
+_VIDEO_NAME = r"(?i)\.(mp4|m4v|mov|mkv|webm|avi|ts|m2ts|mts|mpg|mpeg|vob|flv|ogv|wmv|asf|3gp)$"
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """How much work a block carries: little enough to spread and to redo, enough to pay.
+
+    Attributes:
+        samples: Samples of a slice of a plan; a decode task's, where nothing is cut.
+        units: Units of a decode task after cutting.
+        units_per_extract: Units of an extract call, if there are as many.
+    """
+
+    samples: int
+    units: int
+    units_per_extract: int
+
+
+def block_shape(first: pa.RecordBatch, *, num_samples: int, resources: dict[str, float]) -> BlockShape:
+    """Choose the blocks' size. It changes no result, only how work spreads.
+
+    Args:
+        first: Some of the manifest's samples; they tell of what kind the others are.
+        num_samples: Samples to do.
+        resources: As `ray.cluster_resources()` gives them.
+    """
+    most = _most_samples(first)
+    spread = math.ceil(num_samples / (4 * max(resources.get("CPU", 1), 1)))
+    samples = max(min(most, spread), 1)
+    videos = VIDEOS_PER_EXTRACT[resources.get("GPU", 0) >= 1]
+    return BlockShape(samples, 1, videos if most == 1 else max(samples, IMAGES_PER_BLOCK))
+
+
+def _most_samples(first: pa.RecordBatch) -> int:
+    if first["data_file"].null_count < len(first):
+        return INLINE_PER_BLOCK
+    by_name = pc.match_substring_regex(first["uri"], _VIDEO_NAME)
+    is_video = pc.if_else(pc.is_valid(first["media_type"]), pc.equal(first["media_type"], "video"), by_name)
+    return 1 if pc.mean(pc.cast(is_video, pa.float64())).as_py() > 0.1 else IMAGES_PER_BLOCK
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An actor pool: its bounds and what each actor reserves."""
+
+    size: PoolSize
+    num_cpus: float
+    num_gpus: float
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `Dataset.map_batches`."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus or None}
+
+    def strategy(self, *, threads: int) -> ActorPoolStrategy:
+        """The pool for Ray Data.
+
+        Args:
+            threads: Calls that run at the same time in one actor.
+        """
+        return ActorPoolStrategy(
+            min_size=self.size.minimum,
+            max_size=self.size.maximum,
+            initial_size=self.size.maximum,
+            max_tasks_in_flight_per_actor=2 * threads,
+            max_concurrent_calls_per_actor=threads,
+            enable_true_multi_threading=threads > 1,
+        )
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The two actor pools of a run."""
+
+    decode: Pool
+    extract: Pool
+
+
+def deploy(job: ExtractionJob, resources: dict[str, float], *, num_blocks: int) -> Deployment:
+    """Size the pools.
+
+    On a cluster with GPUs each extract actor has its own, and all other CPUs decode. Without
+    GPUs both pools have an actor a CPU and share the CPUs: whichever stage lags gets the time.
+
+    Args:
+        job: Its bounds win over what the resources suggest.
+        resources: As `ray.cluster_resources()` gives them.
+        num_blocks: Blocks of work; a pool has no more actors than that.
+
+    Raises:
+        RequestError: The cluster lacks the CPUs or GPUs that the job's bounds ask for.
+    """
+    num_cpus = max(int(resources.get("CPU", 1)), 1)
+    num_gpus = resources.get("GPU", 0.0)
+    gpus_each = job.gpus_per_extract_actor
+    if gpus_each is None:
+        gpus_each = 1.0 if num_gpus >= 1 else 0.0
+    if gpus_each > num_gpus:
+        raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs")
+    if gpus_each:
+        return _with_gpus(job, num_cpus, int(num_gpus / gpus_each), gpus_each, num_blocks)
+    return _without_gpus(job, num_cpus, num_blocks)
+
+
+def _with_gpus(
+    job: ExtractionJob, num_cpus: int, num_devices: int, gpus_each: float, num_blocks: int
+) -> Deployment:
+    extract = _bounds(job.extract_actors, num_devices, num_blocks)
+    cpus_each = min(1.0, num_cpus / (4 * extract.maximum))
+    left = max(num_cpus - 1 - round(extract.maximum * cpus_each), 1)
+    decode = _bounds(job.decode_actors, left, num_blocks)
+    decode_cpus = min(1.0, (num_cpus - extract.maximum * cpus_each) * 0.9 / decode.maximum)
+    return Deployment(Pool(decode, decode_cpus, 0.0), Pool(extract, cpus_each, gpus_each))
+
+
+def _without_gpus(job: ExtractionJob, num_cpus: int, num_blocks: int) -> Deployment:
+    decode = _bounds(job.decode_actors, num_cpus, num_blocks)
+    extract = _bounds(job.extract_actors, num_cpus, num_blocks)
+    # Half of a CPU at least stays free for Ray's own small tasks (cutting blocks reserves one).
+    free = 1.0 if num_cpus > 1 else 0.5
+    each = (num_cpus - free) / (decode.maximum + extract.maximum)
+    return Deployment(Pool(decode, min(each, 1.0), 0.0), Pool(extract, min(each, 1.0), 0.0))
+
+
+def _bounds(asked: str | None, suggested: int, num_blocks: int) -> PoolSize:
+    size = PoolSize.parse(asked) if asked else PoolSize(1, max(suggested, 1))
+    most = max(min(size.maximum, num_blocks), 1)
+    return PoolSize(min(size.minimum, most), most)

@@ -1,0 +1,139 @@
+"""The Ray Data pipeline: source -> cut -> decode pool -> extract pool -> staged parts."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset
+
+from featurex_ray.errors import RunError
+from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, cut
+from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, BlockShape, Deployment
+from featurex_ray.pipeline.extract import ExtractFeatures, ExtractSettings
+from featurex_ray.pipeline.source import Assignment, SampleSource, Slice
+from featurex_ray.pipeline.write import StageParts
+from featurex_ray.table.table import FeatureTable
+
+ARROW: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+FETCHING_THREADS = 2
+"""Calls at the same time in a decode actor: one fetches the next block while one decodes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a pipeline needs to know."""
+
+    tables: Sequence[FeatureTable]
+    assignments: Sequence[Assignment]
+    slices: Sequence[Slice]
+    decode: DecodeSettings
+    extract: Sequence[ExtractSettings]
+    deployment: Deployment
+    run_id: str
+    shape: BlockShape
+
+
+def build_dataset(work: Work) -> Dataset:
+    """The lazy dataset of one run; iterating over it does the work and yields `STAGED` rows."""
+    source = SampleSource(work.tables, work.assignments, work.slices)
+    units = ray.data.read_datasource(
+        source,
+        override_num_blocks=len(work.slices),
+        num_cpus=SMALL_TASK_CPUS,
+    )
+    if work.decode.clip_seconds is not None:
+        units = units.map_batches(cut, fn_args=(work.decode,), num_cpus=SMALL_TASK_CPUS, **ARROW)
+        units = units.repartition(target_num_rows_per_block=work.shape.units)
+    decoded = units.map_batches(
+        DecodeMedia,
+        fn_constructor_args=(work.decode,),
+        compute=work.deployment.decode.strategy(threads=FETCHING_THREADS),
+        **work.deployment.decode.options(),
+        **ARROW,
+    )
+    extracted = decoded.map_batches(
+        ExtractFeatures,
+        fn_constructor_args=(work.extract,),
+        compute=work.deployment.extract.strategy(threads=1),
+        **work.deployment.extract.options(),
+        **ARROW | {"batch_size": work.shape.units_per_extract},
+    )
+    writer = StageParts(work.tables, work.assignments, run_id=work.run_id)
+    staged: Dataset = extracted.map_batches(writer, num_cpus=SMALL_TASK_CPUS, **ARROW)
+    return staged
+
+
+class Tracker:
+    """Which samples are staged, and so which assignments can be published."""
+
+    def __init__(self, todo: Sequence[np.ndarray], *, num_tables: int) -> None:
+        self._todo = [mask.copy() for mask in todo]
+        self.left = [int(mask.sum()) for mask in todo]
+        self.codes: list[dict[tuple[int, int], str]] = [{} for _ in range(num_tables)]
+        self._units: dict[tuple[int, int], set[int]] = {}
+
+    def add(self, staged: pa.Table) -> tuple[int, list[int]]:
+        """Count units that were staged (schema `STAGED`).
+
+        Returns:
+            How many samples became whole by them, and the assignments that became whole.
+        """
+        whole = [key for row in staged.to_pylist() if (key := self._whole_sample(row))]
+        for assignment, plan_row in whole:
+            self._todo[assignment][plan_row] = False
+            self.left[assignment] -= 1
+        return len(whole), sorted({a for a, _ in whole if self.left[a] == 0})
+
+    def _whole_sample(self, row: dict[str, Any]) -> tuple[int, int] | None:
+        """The sample that this unit makes whole; a unit that Ray did twice makes none."""
+        key = row["assignment"], row["plan_row"]
+        for codes, code in zip(self.codes, row["error_codes"], strict=True):
+            if code is not None:
+                codes.setdefault(key, code)
+        if row["num_units"] > 1 and not any(row["error_codes"]):
+            units = self._units.setdefault(key, set())
+            units.add(row["unit_index"])
+            if len(units) < row["num_units"]:
+                return None
+        self._units.pop(key, None)
+        return key if self._todo[key[0]][key[1]] else None
+
+
+def run_pipeline(work: Work) -> Iterator[pa.Table]:
+    """Execute the pipeline; yields what the writer tells, schema `STAGED`, as it comes.
+
+    Raises:
+        RunError: A stage failed for good; the run can be run again.
+    """
+    configure(DataContext.get_current())
+    try:
+        yield from build_dataset(work).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the pipeline stopped: {first_line(error)}; run it again to go on") from error
+
+
+def configure(context: DataContext) -> None:
+    """Ray Data's settings for a long run: actors come back, samples fail as rows, blocks never."""
+    context.max_errored_blocks = 0
+    context.actor_init_retry_on_errors = True
+    context.actor_init_max_retries = 3
+    context.max_consecutive_actor_init_deaths = 5
+    context.execution_no_progress_timeout_s = 900
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    # The run has its own report; Ray's hints on each operator would bury it.
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def first_line(error: BaseException) -> str:
+    """The line of a remote traceback that says what happened: its last."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,397 @@
+"""One run from manifest to published tables: prepare, plan, execute, publish, report."""
+
+import dataclasses
+import logging
+import os
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from featurex_ray.errors import RequestError, RunError, TableNotFoundError
+from featurex_ray.job import ExtractionJob
+from featurex_ray.manifest import Manifest, read_manifest
+from featurex_ray.media.decoder import DecoderPolicy
+from featurex_ray.media.sampling import Sampling
+from featurex_ray.media.video import resolve_policy
+from featurex_ray.models.registry import ResolvedExtractor, resolve
+from featurex_ray.pipeline.decode import DecodeSettings
+from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, block_shape, deploy
+from featurex_ray.pipeline.execute import Tracker, Work, first_line, run_pipeline
+from featurex_ray.pipeline.extract import ExtractSettings
+from featurex_ray.pipeline.progress import Progress, Silent
+from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
+from featurex_ray.pipeline.source import Assignment, slices_of
+from featurex_ray.storage import ReadPolicy
+from featurex_ray.table.facts import TableFacts, read_facts
+from featurex_ray.table.plan import Plan
+from featurex_ray.table.probe import probe_store
+from featurex_ray.table.publish import Published
+from featurex_ray.table.store import ObjectStore, open_store
+from featurex_ray.table.table import FeatureTable
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job whose inputs were found and found right; nothing is written yet."""
+
+    job: ExtractionJob
+    policy: ReadPolicy
+    manifest: Manifest
+    store: ObjectStore
+    extractors: tuple[ResolvedExtractor, ...]
+    sampling: Sampling
+
+
+def prepare(job: ExtractionJob) -> Request:
+    """Read and check all that a job names.
+
+    Raises:
+        RequestError: The manifest, an extractor, its weights or the output can't be used.
+    """
+    extractors = tuple(resolve(name, weights=job.weights_of(name)) for name in job.extractors)
+    sampling = _sampling(job, extractors)
+    store = open_store(job.output)
+    policy = ReadPolicy(job.manifest, allow_prefixes=job.allow_prefix, only_prefixes=job.only_prefix)
+    manifest = read_manifest(job.manifest, dataset=job.dataset, keep_columns=job.keep_columns, policy=policy)
+    return Request(job, policy, manifest, store, extractors, sampling)
+
+
+def _sampling(job: ExtractionJob, extractors: Sequence[ResolvedExtractor]) -> Sampling:
+    """Decoding once means one sampling for all extractors of a run."""
+    if job.sampling is not None:
+        return Sampling.parse(job.sampling)
+    wanted = {e.spec.default_sampling for e in extractors}
+    if len(wanted) > 1:
+        each = ", ".join(f"{e.spec.name} {e.spec.default_sampling}" for e in extractors)
+        raise RequestError(f"these extractors sample differently by default ({each}): give --sampling")
+    return Sampling.parse(wanted.pop())
+
+
+def run(job: ExtractionJob, *, progress: Progress | None = None) -> RunReport:
+    """Do what a job asks and is not done yet.
+
+    A run ends when every plan that names its samples is done, whoever made it. It may be
+    killed at any moment and run again.
+
+    Args:
+        job: What to extract from what.
+        progress: Told what happens meanwhile; silent by default.
+
+    Returns:
+        Counts, rates and failures by code; also kept under `_featurex/`.
+
+    Raises:
+        RequestError: The request is wrong; nothing was written.
+        RunError: The run failed and can be run again.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    request = prepare(job)
+    progress.say(f"{request.manifest.num_samples:,} samples in {job.manifest}")
+    probe_store(request.store)
+    with _cluster():
+        tables = [_open_table(request, index) for index in range(len(request.extractors))]
+        report = _new_report(request, tables)
+        # Again after each round: other runs may have planned meanwhile what blocked ours.
+        while assignments := _plan(request, tables, report, progress):
+            connect(job)
+            _execute(request, tables, assignments, report, progress, started)
+    report.close(started)
+    for table in tables:
+        table.save_report(report.run_id, report.to_json())
+    return report
+
+
+def plan_only(job: ExtractionJob) -> list[str]:
+    """What a run would do, as lines; nothing is written.
+
+    Raises:
+        RequestError: The request is wrong.
+    """
+    request = prepare(job)
+    lines = [f"{request.manifest.num_samples:,} samples in {job.manifest}, refused 0"]
+    for index, extractor in enumerate(job.extractors):
+        name = job.table_of(extractor)
+        lines.append(f"  {name}: {_preview(request, index, name)}")
+    return lines
+
+
+def _preview(request: Request, index: int, name: str) -> str:
+    recorded = _recorded(request.store, name)
+    if not recorded:
+        return f"new {request.manifest.num_samples:,} (the table will be created)"
+    facts = _facts(request, index, name, **_settled(request.job, recorded))
+    work = FeatureTable.open_or_create(request.store, facts).compare(request.manifest.batches)
+    return (
+        f"new {work.new:,}, changed {work.changed:,}, done {work.done:,}, "
+        f"failed before {work.failed:,}, in open plans {work.open:,}"
+    )
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """Leave Ray as it was found: a cluster that this run started ends with it."""
+    was_there = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_there and ray.is_initialized():
+            ray.shutdown()
+
+
+def connect(job: ExtractionJob) -> None:
+    """Connect to the job's cluster, or start a local one; does nothing where Ray is connected.
+
+    Raises:
+        RequestError: There is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return
+    address = job.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # The daemons' complaints on the way down are of no use on a laptop's terminal.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=address != "local")
+    except ConnectionError as error:
+        raise RequestError(f"no Ray cluster at {address}: {error}") from error
+
+
+def _open_table(request: Request, index: int) -> FeatureTable:
+    """The table of one extractor; what is `auto` is resolved when it is made, and kept."""
+    job = request.job
+    name = job.table_of(job.extractors[index])
+    settled = _settled(job, _recorded(request.store, name))
+    if settled["precision"] == "auto":
+        connect(job)
+        settled["precision"] = _ask_precision(job)
+    return FeatureTable.open_or_create(request.store, _facts(request, index, name, **settled))
+
+
+def _settled(job: ExtractionJob, recorded: dict[str, Any]) -> dict[str, str]:
+    """Precision and decoder: as asked for, else as recorded with the table."""
+    precision = job.precision if job.precision != "auto" else recorded.get("precision", "auto")
+    decoder: DecoderPolicy = job.decoder if job.decoder != "auto" else recorded.get("decoder", "auto")
+    return {"precision": precision, "decoder": resolve_policy(decoder)}
+
+
+def _recorded(store: ObjectStore, name: str) -> dict[str, Any]:
+    """What a table was made with; nothing where there is none."""
+    try:
+        return read_facts(store, name).extractor
+    except TableNotFoundError:
+        return {}
+
+
+def _ask_precision(job: ExtractionJob) -> str:
+    """What `auto` precision is on the hardware that will extract."""
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
+    ask = ray.remote(num_cpus=0, num_gpus=gpus)(_auto_precision)
+    return str(ray.get(ask.remote()))
+
+
+def _auto_precision() -> str:
+    from featurex_ray.models.embed import resolve_precision
+
+    return resolve_precision("auto")
+
+
+def _facts(request: Request, index: int, name: str, *, precision: str, decoder: str) -> TableFacts:
+    job, spec = request.job, request.extractors[index].spec
+    clip = None if job.clip_seconds is None else [job.clip_seconds, job.clip_stride_seconds]
+    sampling = str(request.sampling)
+    revision = spec.revision(sampling=sampling, clip=clip, precision=precision, decoder=decoder)
+    made_with = {"sampling": sampling, "clip": clip, "precision": precision, "decoder": decoder}
+    return TableFacts(
+        name=name,
+        revision=revision,
+        dimension=spec.dimension,
+        extractor=spec.to_json() | made_with,
+        carried=request.manifest.carried,
+    )
+
+
+def new_run_id() -> str:
+    """A name for a run that sorts by time, such as `20260102T030405-1a2b3c`."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def _new_report(request: Request, tables: Sequence[FeatureTable]) -> RunReport:
+    reports = [
+        TableReport(
+            table=table.facts.name,
+            extractor=name,
+            revision=table.facts.revision,
+            weights=resolved.spec.to_json()["weights"],
+            precision=table.facts.extractor["precision"],
+            decoder=table.facts.extractor["decoder"],
+        )
+        for table, name, resolved in zip(tables, request.job.extractors, request.extractors, strict=True)
+    ]
+    return RunReport(
+        run_id=new_run_id(),
+        job=dataclasses.asdict(request.job),
+        tables=reports,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+
+
+def _plan(
+    request: Request, tables: Sequence[FeatureTable], report: RunReport, progress: Progress
+) -> list[Assignment]:
+    """Plan each table's work; plans over the very same samples become one assignment."""
+    together: dict[tuple[str, str], dict[int, Plan]] = defaultdict(dict)
+    for index, table in enumerate(tables):
+        table.finish_published()
+        plans = table.plan(
+            request.manifest.batches,
+            run_id=report.run_id,
+            max_samples_per_plan=request.job.max_samples_per_plan,
+        )
+        for plan in plans:
+            together[plan.dataset, plan.samples_hash][index] = plan
+        planned = sum(plan.num_samples for plan in plans)
+        summary = report.tables[index]
+        summary.planned += planned
+        summary.skipped = max(request.manifest.num_samples - summary.planned, 0)
+        if planned:
+            progress.say(f"{table.facts.name}: {planned:,} samples to do, in {len(plans)} plans")
+    return [Assignment(plans) for plans in together.values()]
+
+
+def _execute(
+    request: Request,
+    tables: Sequence[FeatureTable],
+    assignments: Sequence[Assignment],
+    report: RunReport,
+    progress: Progress,
+    started: float,
+) -> None:
+    """Stage what is not staged, and publish each plan as soon as it is whole."""
+    todo = [_todo(tables, assignment) for assignment in assignments]
+    publisher = Publisher(tables, assignments)
+    tracker = Tracker(todo, num_tables=len(tables))
+    for number, left in enumerate(tracker.left):
+        if left == 0:
+            publisher.submit(number)
+    progress.begin(sum(tracker.left))
+    work = _work(request, tables, assignments, todo, report.run_id)
+    for staged in run_pipeline(work) if work.slices else ():
+        report.startup_seconds = report.startup_seconds or time.monotonic() - started
+        report.count(staged)
+        samples, whole = tracker.add(staged)
+        failed = sum(any(codes) for codes in staged["error_codes"].to_pylist())
+        progress.advance(samples=samples, clips=len(staged), failed=failed)
+        for number in whole:
+            publisher.submit(number)
+    progress.end()
+    if any(tracker.left):
+        raise RunError(f"{sum(tracker.left)} samples were not staged; run it again to go on")
+    _count_published(publisher.wait(), tracker, report)
+
+
+def _todo(tables: Sequence[FeatureTable], assignment: Assignment) -> np.ndarray:
+    """(N,) bool, one a row of the assignment's plans: some table lacks it."""
+    index, leader = assignment.leader
+    ids = tables[index].read_plan(leader)["sample_id"]
+    todo = np.zeros(len(ids), bool)
+    for index, plan in assignment.plans.items():
+        staged = pa.array(sorted(tables[index].staged_samples(plan)), pa.string())
+        todo |= ~pc.is_in(ids, value_set=staged).to_numpy()
+    return todo
+
+
+def _work(
+    request: Request,
+    tables: Sequence[FeatureTable],
+    assignments: Sequence[Assignment],
+    todo: Sequence[np.ndarray],
+    run_id: str,
+) -> Work:
+    num_samples = sum(int(mask.sum()) for mask in todo)
+    cluster = ray.cluster_resources()
+    first = next(request.manifest.batches())
+    shape = block_shape(first, num_samples=num_samples, resources=cluster)
+    slices = [
+        part for number, mask in enumerate(todo) for part in slices_of(number, mask, num_rows=shape.samples)
+    ]
+    inputs = tuple(dict.fromkeys(e.spec.input for e in request.extractors))
+    deployment = deploy(request.job, cluster, num_blocks=len(slices))
+    decode = DecodeSettings(
+        policy=request.policy,
+        inputs=inputs,
+        sampling=request.sampling,
+        clip_seconds=request.job.clip_seconds,
+        clip_stride_seconds=request.job.clip_stride_seconds,
+        decoder=tables[0].facts.extractor["decoder"],
+    )
+    extract = [
+        ExtractSettings(
+            resolved=resolved,
+            input_index=inputs.index(resolved.spec.input),
+            precision=tables[index].facts.extractor["precision"],
+            batch_frames=request.job.batch_size,
+            num_threads=max(round(deployment.extract.num_cpus), 1),
+            assignments=frozenset(n for n, a in enumerate(assignments) if index in a.plans),
+        )
+        for index, resolved in enumerate(request.extractors)
+    ]
+    return Work(tables, assignments, slices, decode, extract, deployment, run_id, shape)
+
+
+class Publisher:
+    """Publishes whole plans in Ray tasks, while others are still being worked on."""
+
+    def __init__(self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment]) -> None:
+        self._tables = tables
+        self._assignments = assignments
+        self._publish = ray.remote(num_cpus=SMALL_TASK_CPUS, max_retries=3)(publish_plan)
+        self._pending: list[tuple[int, Plan, Any]] = []
+
+    def submit(self, number: int) -> None:
+        """Begin to publish the plans of one assignment."""
+        for index, plan in self._assignments[number].plans.items():
+            self._pending.append((index, plan, self._publish.remote(self._tables[index], plan)))
+
+    def wait(self) -> list[tuple[int, Plan, Published]]:
+        """What was published, with the table's place in the run.
+
+        Raises:
+            RunError: A plan could not be published; the run can be run again.
+        """
+        try:
+            return [(index, plan, ray.get(ref)) for index, plan, ref in self._pending]
+        except ray.exceptions.RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            raise RunError(f"publishing failed: {first_line(cause)}") from error
+
+
+def publish_plan(table: FeatureTable, plan: Plan) -> Published:
+    """`FeatureTable.publish` as a plain function, for a Ray task."""
+    return table.publish(plan)
+
+
+def _count_published(
+    published: Sequence[tuple[int, Plan, Published]], tracker: Tracker, report: RunReport
+) -> None:
+    for index, _plan, result in published:
+        table = report.tables[index]
+        table.done += result.num_samples
+        table.failed += result.num_failed
+        table.num_rows += result.num_rows
+        table.objects.append(result.key)
+    for index, table in enumerate(report.tables):
+        table.failures_by_code = failures_by_code(list(tracker.codes[index].values()))

@@ -1,0 +1,68 @@
+"""Pools and blocks from resources: what fits, what is asked for and what is refused."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from featurex_ray.errors import RequestError
+from featurex_ray.job import ExtractionJob, PoolSize
+from featurex_ray.pipeline.deploy import IMAGES_PER_BLOCK, Deployment, block_shape, deploy
+from featurex_ray.schemas import SAMPLE
+
+
+def job(**changes: Any) -> ExtractionJob:
+    return ExtractionJob(manifest="m.csv", output="out", extractor="cnn_lstm", **changes)
+
+
+def reserved_cpus(found: Deployment) -> float:
+    return sum(pool.size.maximum * pool.num_cpus for pool in (found.decode, found.extract))
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 4, 16, 96])
+@pytest.mark.parametrize("num_gpus", [0, 1, 4])
+def test_pools_leave_room_for_small_tasks(num_cpus: int, num_gpus: int) -> None:
+    found = deploy(job(), {"CPU": num_cpus, "GPU": num_gpus}, num_blocks=10_000)
+    assert 0 < reserved_cpus(found) < num_cpus
+    assert found.extract.size.maximum * found.extract.num_gpus <= num_gpus
+
+
+def test_gpu_cluster_gives_each_extract_actor_a_gpu_and_decode_the_cpus() -> None:
+    found = deploy(job(), {"CPU": 32, "GPU": 4}, num_blocks=10_000)
+    assert found.extract.size.maximum == 4
+    assert found.extract.num_gpus == 1
+    assert found.decode.size.maximum >= 24
+
+
+def test_a_gpu_can_be_shared_or_left_alone() -> None:
+    shared = deploy(job(gpus_per_extract_actor=0.5), {"CPU": 8, "GPU": 1}, num_blocks=100)
+    assert (shared.extract.size.maximum, shared.extract.num_gpus) == (2, 0.5)
+    unused = deploy(job(gpus_per_extract_actor=0.0), {"CPU": 8, "GPU": 1}, num_blocks=100)
+    assert unused.extract.num_gpus == 0
+
+
+def test_pools_are_no_larger_than_the_work_or_the_bounds() -> None:
+    assert deploy(job(), {"CPU": 64}, num_blocks=3).decode.size == PoolSize(1, 3)
+    assert deploy(job(decode_actors="2:5"), {"CPU": 64}, num_blocks=99).decode.size == PoolSize(2, 5)
+
+
+def test_deploy_fails_without_the_gpu_that_was_asked_for() -> None:
+    with pytest.raises(RequestError, match="--gpus-per-extract-actor 1, but the cluster has 0 GPUs"):
+        deploy(job(gpus_per_extract_actor=1.0), {"CPU": 8}, num_blocks=1)
+
+
+def samples(**columns: Any) -> pa.RecordBatch:
+    count = len(next(iter(columns.values())))
+    arrays = [pa.array(columns.get(f.name, [None] * count), f.type) for f in SAMPLE]
+    return pa.record_batch(arrays, schema=pa.schema([f.with_nullable(True) for f in SAMPLE]))
+
+
+def test_blocks_follow_the_media() -> None:
+    images = samples(uri=["a.jpg", "b.png"])
+    videos = samples(uri=["a.mp4", "b.MKV"])
+    typed = samples(uri=["a", "b"], media_type=["video", "video"])
+    two_cpus = {"CPU": 2.0}
+    assert block_shape(images, num_samples=10_000, resources=two_cpus).samples == IMAGES_PER_BLOCK
+    assert block_shape(videos, num_samples=10_000, resources=two_cpus).samples == 1
+    assert block_shape(typed, num_samples=10_000, resources=two_cpus).samples == 1
+    assert block_shape(images, num_samples=8, resources=two_cpus).samples == 1

@@ -1,0 +1,44 @@
+"""The tracker: a sample is whole once, however often Ray did its units."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featurex_ray.pipeline.execute import Tracker
+from featurex_ray.pipeline.units import STAGED, to_table
+
+
+def staged(*rows: dict[str, Any]) -> pa.Table:
+    plain = {"assignment": 0, "plan_row": 0, "unit_index": 0, "num_units": 1, "error_codes": [None]}
+    return to_table([plain | row for row in rows], STAGED)
+
+
+def tracker(*lengths: int) -> Tracker:
+    return Tracker([np.ones(n, bool) for n in lengths], num_tables=1)
+
+
+def test_an_assignment_is_whole_when_all_its_samples_are() -> None:
+    found = tracker(2, 1)
+    assert found.add(staged({"plan_row": 0})) == (1, [])
+    assert found.add(staged({"plan_row": 1}, {"assignment": 1})) == (2, [0, 1])
+
+
+def test_a_unit_done_twice_counts_once() -> None:
+    found = tracker(2)
+    assert found.add(staged({"plan_row": 0}, {"plan_row": 0})) == (1, [])
+    assert found.add(staged({"plan_row": 0})) == (0, [])
+    assert found.left == [1]
+
+
+def test_a_sample_needs_all_its_units() -> None:
+    found = tracker(1)
+    assert found.add(staged({"unit_index": 1, "num_units": 2})) == (0, [])
+    assert found.add(staged({"unit_index": 1, "num_units": 2})) == (0, [])
+    assert found.add(staged({"unit_index": 0, "num_units": 2})) == (1, [0])
+
+
+def test_one_failed_unit_settles_its_sample() -> None:
+    found = tracker(1)
+    assert found.add(staged({"num_units": 3, "unit_index": 2, "error_codes": ["timeout"]})) == (1, [0])
+    assert found.codes == [{(0, 0): "timeout"}]
