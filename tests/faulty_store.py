@@ -27,6 +27,7 @@ class FaultyStore(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.lengthless: set[str] = set()
         self.redirects: dict[str, str] = {}
         self.delay_seconds = 0.0
         self.hang_seconds = 2.0
@@ -83,9 +84,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.leave(sent)
 
     def do_HEAD(self) -> None:
-        data = self.server.objects.get(unquote(urlsplit(self.path).path))
-        self.send_response(404 if data is None else 200)
+        path = unquote(urlsplit(self.path).path)
+        fault = self.server.enter(path, None)
+        self.server.leave(0)
+        data = self.server.objects.get(path)
+        self.send_response(fault if isinstance(fault, int) else 404 if data is None else 200)
         self.send_header("Content-Length", str(len(data or b"")))
+        self.send_header("ETag", _etag(data or b""))
         self.send_header("Last-Modified", "Sun, 01 Nov 2026 00:00:00 GMT")
         self.end_headers()
 
@@ -108,9 +113,15 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.server.objects.get(path)
         if data is None:
             return self._refuse(404)
-        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        etag = _etag(data)
         if self.headers.get("If-Match", etag) != etag:
             return self._refuse(412)
+        if path in self.server.lengthless:
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(data)
+            return len(data)
         return self._send(data, etag, asked, breaks_off=fault == "short")
 
     def _send(self, data: bytes, etag: str, asked: str | None, *, breaks_off: bool) -> int:
@@ -144,3 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         return len(body)
+
+
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'

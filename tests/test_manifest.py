@@ -17,10 +17,17 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from featurex_ray.errors import FetchError, ManifestError, RefusedUriError, RequestError
+from featurex_ray.errors import (
+    FetchError,
+    ManifestError,
+    RefusedUriError,
+    RequestError,
+    StoreUnavailableError,
+)
 from featurex_ray.manifest import Manifest, build_manifest, read_inline, read_manifest
 from featurex_ray.schemas import SAMPLE, sample_schema
 from featurex_ray.storage import Fetcher, ReadPolicy, filesystem
+from tests.faulty_store import FaultyStore
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -208,6 +215,20 @@ class TestFormats:
         put(f"{root}/m/readme.txt", b"")
         for name in ("none.csv", "m", "m/*.csv"):
             assert "no manifest at" in refusal(f"{root}/{name}")
+
+    def test_a_store_that_is_away_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("featurex_ray.storage.filesystems._LISTING_ATTEMPTS", 2)
+        with FaultyStore() as store:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+            store.objects["/bkt/m.csv"] = csv_bytes(ROWS)
+            assert read("s3://bkt/m.csv")[0].num_samples == 3
+            store.faults["/bkt/m.csv"] = [503] * 99
+            with pytest.raises(StoreUnavailableError, match=r"m\.csv"):
+                read("s3://bkt/m.csv")
+            store.faults["/bkt/m.csv"] = [403] * 99
+            assert "may not read" in refusal("s3://bkt/m.csv")
 
     def test_a_missing_bucket_fails(self, s3_root: str) -> None:
         assert "no manifest at" in refusal("s3://bucket-that-is-not-there/m.csv")

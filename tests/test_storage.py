@@ -399,12 +399,13 @@ class TestLargeObjects:
         assert (error.code, "1000" in error.message) == ("too_large", True)
 
     def test_a_part_that_stays_away_fails(self, store: FaultyStore) -> None:
-        store.objects["/bkt/v.mp4"] = b"x" * self.SIZE
+        store.objects["/bkt/v.tar"] = make_tar({"v.mp4": b"x" * self.SIZE})
         with fetcher() as reader:
-            store.faults["/bkt/v.mp4"] = [200, *[503] * 40]
-            store.faults["/bkt/v.mp4"].pop(0)
-            with pytest.raises(FetchError, match="unavailable"):
-                reader.fetch("s3://bkt/v.mp4")
+            reader.tar_index("s3://bkt/v.tar")
+            store.faults["/bkt/v.tar"] = [503] * 99
+            with pytest.raises(FetchError, match="unavailable") as caught:
+                reader.fetch("s3://bkt/v.tar::v.mp4")
+        assert caught.value.attempts == 4
 
 
 class TestLocalFiles:
@@ -538,6 +539,13 @@ class TestOtherStores:
         assert failure(f"{store.endpoint}/pub/r.jpg", allow=(f"{store.endpoint}/pub",)).code == "bad_request"
         assert failure(f"{store.endpoint}/pub/n.jpg", allow=(f"{store.endpoint}/pub",)).code == "not_found"
         assert [path for path, _ in store.requests] == ["/pub/r.jpg", "/pub/n.jpg"]
+
+    def test_http_without_a_length(self, store: FaultyStore) -> None:
+        store.objects |= {"/small": b"web", "/endless": b"x" * 20_000_000}
+        store.lengthless = set(store.objects)
+        with fetcher(allow=(store.endpoint,)) as reader:
+            assert reader.fetch(f"{store.endpoint}/small").data == b"web"
+        assert failure(f"{store.endpoint}/endless", allow=(store.endpoint,)).code == "too_large"
 
     def test_any_fsspec_store(self) -> None:
         fsspec.filesystem("memory").pipe_file("/box/a.jpg", b"memory" * 4_000_000)

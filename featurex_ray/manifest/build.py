@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from featurex_ray.errors import FetchError, ManifestError, RefusedUriError, RequestError
-from featurex_ray.manifest.files import Format, ManifestFile, explained
+from featurex_ray.manifest.files import Format, ManifestFile, explained, is_file
 from featurex_ray.manifest.samples import DATASET_PATTERN
 from featurex_ray.storage import Fetcher, Filesystem, ReadPolicy, filesystem, parse, redact
 
@@ -60,6 +60,16 @@ class ManifestCounts:
     def num_samples(self) -> int:
         """Rows in the manifest."""
         return sum(self.media.values())
+
+    def lines(self) -> list[str]:
+        """The counts for people."""
+        media = ", ".join(f"{count:,} {kind}s" for kind, count in self.media.items() if count)
+        lines = [f"{self.num_samples:,} samples in dataset {self.dataset}: {media}"]
+        if self.labels:
+            lines.append(f"  labels: {', '.join(f'{name} {count:,}' for name, count in self.labels.items())}")
+        if self.skipped:
+            lines.append(f"  passed over: {', '.join(f'{n:,} {ext}' for ext, n in self.skipped.items())}")
+        return lines
 
 
 @dataclass
@@ -176,7 +186,7 @@ def _listed(source: str) -> Iterator[_Entry]:
     """Everything below `source`, or `source` itself if it is a file."""
     store, path = filesystem(source)
     location = parse(source)
-    if store.isfile(path):
+    if is_file(store, path):
         facts = store.info(path)
         yield _Entry(str(location), PurePosixPath(location.path).name, _version(facts))
     elif location.scheme == "file":

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 from featurex_ray.errors import FeaturexError, ManifestError, StoreUnavailableError
-from featurex_ray.storage import filesystem, parse, redact
+from featurex_ray.storage import Filesystem, filesystem, parse, redact
 
 Format = Literal["parquet", "csv", "jsonl"]
 
@@ -88,7 +88,7 @@ def find_files(uri: str) -> list[ManifestFile]:
     """
     with explained(uri):
         store, path = filesystem(uri)
-        if store.isfile(path):
+        if is_file(store, path):
             return [ManifestFile.of(str(parse(uri)))]
         if any(mark in path for mark in "*?["):
             found = [name for name in store.glob(path) if format_of(name)]
@@ -97,6 +97,14 @@ def find_files(uri: str) -> list[ManifestFile]:
     if not found:
         raise ManifestError(f"no manifest at {redact(uri)!r}; looked for {FORMAT_NAMES}")
     return [ManifestFile.of(_uri_of(uri, name)) for name in sorted(found)]
+
+
+def is_file(store: Filesystem, path: str) -> bool:
+    """Whether a file lies there; unlike fsspec's own, it does not take an outage for a no."""
+    try:
+        return bool(store.info(path)["type"] == "file")
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -100,9 +100,13 @@ class WebObjects:
             if reply.status != (200 if part is None else 206):
                 code = "bad_request" if reply.status < 400 else error_code(reply.status)
                 raise FetchError(code, f"{redact(str(location))!r} answered {reply.status} {reply.reason}")
-            size = _total_size(reply.headers.get("Content-Range"), reply.content_length)
+            etag_now = reply.headers.get("ETag", "")
+            if part is None and reply.content_length is None:
+                data = await _read_unannounced(reply, limit)
+                return Chunk(data, etag_now, len(data))
+            size = _total_size(reply.headers.get("Content-Range"), reply.content_length or 0)
             fits = part is not None or size <= limit
-            return Chunk(await reply.read() if fits else None, reply.headers.get("ETag", ""), size)
+            return Chunk(await reply.read() if fits else None, etag_now, size)
 
     @asynccontextmanager
     async def _reply(
@@ -200,11 +204,21 @@ def _range_header(part: range) -> str:
     return f"bytes={part.start}-{part.stop - 1}"
 
 
-def _total_size(content_range: str | None, content_length: int | None) -> int:
-    """Bytes of the whole object; a reply without a length (chunked http) counts as endless."""
-    if content_range is not None:
-        return int(content_range.rpartition("/")[2])
-    return content_length if content_length is not None else 1 << 62
+def _total_size(content_range: str | None, content_length: int) -> int:
+    """Bytes of the whole object, whether all of it was asked for or a part."""
+    return content_length if content_range is None else int(content_range.rpartition("/")[2])
+
+
+async def _read_unannounced(reply: aiohttp.ClientResponse, limit: int) -> bytes:
+    """A body whose length the server keeps to itself, and which may be endless."""
+    data = bytearray()
+    async for piece in reply.content.iter_any():
+        data += piece
+        if len(data) > limit:
+            raise FetchError(
+                "too_large", f"the server sent over {limit} bytes without saying how many there are"
+            )
+    return bytes(data)
 
 
 def _s3_message(location: Location, error: Exception) -> str:
