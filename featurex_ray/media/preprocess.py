@@ -49,7 +49,8 @@ class InputSpec:
 def fit(image: Image.Image, spec: InputSpec) -> np.ndarray:
     """Resize and crop a picture.
 
-    Equal to torchvision's `Resize` and `CenterCrop` on a Pillow image. Only what the crop keeps
+    Equal to torchvision's `Resize` and `CenterCrop` on a Pillow image, but for rounding (at most 2
+    of 255, 0.02 on average: Pillow keeps the box in single precision). Only what the crop keeps
     is computed, so a picture of 5000x1 doesn't become one of 1,280,000x256 on the way.
 
     Args:

@@ -178,12 +178,13 @@ class PyavDecoder:
         beyond = high + _REORDER_FRAMES
         stop = int(old.ticks[beyond]) if beyond < len(old) else None
         _, packet = self._keyframe_before(int(old.ticks[low]))
-        pts, keys, sound = self._listen(packet, stop)
+        pts, _, sound = self._listen(packet, stop)
         if not sound and packet > 0:
             # Not what a keyframe should give, or timestamps that only make sense from the start.
             packet = 0
-            pts, keys, _ = self._listen(packet, stop)
+            pts, _, _ = self._listen(packet, stop)
         ticks = _in_order(pts)
+        keys = np.isin(ticks, old.ticks[old.keyframes])
         kept = (ticks >= old.ticks[low]) & (ticks <= old.ticks[high])
         self._run = _Run(packet, skip=int(np.argmax(kept)) if kept.any() else 0, first=low)
         self.timeline = replace(
@@ -407,7 +408,9 @@ def _is_hidden(packet: "Packet[VideoStream]", stream: VideoStream) -> bool:
 
 
 def _is_intra(frame: VideoFrame) -> bool:
-    return frame.key_frame or frame.pict_type == PictureType.I
+    # With intra refresh H.264's first whole picture is called a keyframe, but isn't exact.
+    is_unknown = frame.pict_type == PictureType.NONE
+    return frame.pict_type == PictureType.I or (is_unknown and frame.key_frame)
 
 
 def _turn(frame: VideoFrame) -> Image.Transpose | None:

@@ -1,0 +1,204 @@
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurex_ray.errors import DecodeError, ProbeError
+from featurex_ray.media.image import decode_image
+from featurex_ray.media.preprocess import InputSpec, fit
+from tests.media.barcode import SHARED, encoded, film, photograph
+
+SMALL = InputSpec(48, 64)
+PHOTO = photograph(640, 480)
+
+
+def pixels(data: bytes, spec: InputSpec = SMALL) -> np.ndarray:
+    return decode_image(data, inputs=[spec]).frames[0]
+
+
+def gray_ramp() -> np.ndarray:
+    return np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
+def test_lossless_formats_are_exact(image_format: str) -> None:
+    assert np.array_equal(pixels(encoded(PHOTO, image_format)), fit(PHOTO, SMALL))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF", "JPEG2000"])
+def test_lossy_formats_are_close(image_format: str) -> None:
+    difference = pixels(encoded(PHOTO, image_format, quality=95)).astype(int) - fit(PHOTO, SMALL)
+    assert np.abs(difference).mean() < 3
+
+
+def test_several_inputs_from_one_decode() -> None:
+    decoded = decode_image(encoded(PHOTO, "PNG"), inputs=[SMALL, InputSpec(32, 32, resize=40)])
+    assert [frame.shape for frame in decoded.frames] == [(48, 64, 3), (32, 32, 3)]
+    assert (decoded.width, decoded.height, decoded.complete) == (640, 480, True)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(orientation: int) -> None:
+    undone = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Transpose members that undo each value
+    stored = PHOTO if orientation == 1 else PHOTO.transpose(Image.Transpose(undone[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode_image(encoded(stored, "PNG", exif=exif), inputs=[SMALL])
+    assert (decoded.width, decoded.height) == (640, 480)
+    assert np.array_equal(decoded.frames[0], fit(PHOTO, SMALL))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 200])
+def test_orientation_that_is_invalid_is_ignored(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(encoded(PHOTO, "PNG", exif=exif)), fit(PHOTO, SMALL))
+
+
+def test_alpha_is_composited_over_white() -> None:
+    hidden = Image.new("RGBA", (64, 48), (255, 0, 255, 0))
+    half = Image.new("RGBA", (64, 48), (0, 0, 0, 128))
+    assert np.all(pixels(encoded(hidden, "PNG")) == 255)
+    assert np.all(pixels(encoded(half, "PNG")) == 127)
+
+
+def test_palette_with_a_transparent_entry() -> None:
+    image = Image.new("P", (64, 48), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    assert np.all(pixels(encoded(image, "PNG")) == [0, 0, 255])
+    assert np.all(pixels(encoded(image, "PNG", transparency=1)) == 255)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_16_bit_gray_is_scaled(image_format: str) -> None:
+    decoded = pixels(encoded(Image.fromarray(gray_ramp()), image_format))
+    expected = np.round(gray_ramp() / 257)
+    assert np.abs(decoded - expected[..., None]).max() <= 1
+    assert (decoded.min(), decoded.max()) == (0, 255)
+
+
+def test_16_bit_pgm_is_scaled() -> None:
+    data = b"P5 64 48 65535\n" + gray_ramp().astype(">u2").tobytes()
+    assert np.array_equal(pixels(data), pixels(encoded(Image.fromarray(gray_ramp()), "PNG")))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "CMYK", "P", "RGBA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    decoded = pixels(encoded(PHOTO.convert(mode), "TIFF"))
+    expected = fit(PHOTO.convert(mode).convert("RGB"), SMALL)
+    assert decoded.shape == (48, 64, 3)
+    assert np.array_equal(decoded, expected)
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_picture_of_several(image_format: str) -> None:
+    red, blue = (Image.new("RGB", (64, 48), color) for color in ("#ff0000", "#0000ff"))
+    data = encoded(red, image_format, save_all=True, append_images=[blue])
+    assert np.abs(pixels(data).astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 800), (2400, 1800), (4000, 3000), (1200, 4000)])
+def test_reduced_scale(width: int, height: int) -> None:
+    data, spec = encoded(photograph(width, height), "JPEG", quality=92), InputSpec(224, 224, resize=224)
+    full = decode_image(data, inputs=[spec], full_decode=True)
+    reduced = decode_image(data, inputs=[spec])
+    assert (reduced.width, reduced.height) == (full.width, full.height) == (width, height)
+    difference = np.abs(reduced.frames[0].astype(int) - full.frames[0])
+    assert difference.mean() < 1.5
+    # Only what is at least four times too large is reduced.
+    assert np.any(difference) == (min(width, height) >= 4 * 224)
+
+
+def test_reduced_scale_keeps_real_photographs_close() -> None:
+    files = sorted((SHARED / "awkward" / "images").glob("real_Portrait_*.jpg"))
+    if not files:
+        pytest.skip("the shared photographs are not here")
+    for file in files:
+        data, spec = file.read_bytes(), InputSpec(112, 112, resize=128)
+        full = decode_image(data, inputs=[spec], full_decode=True).frames[0]
+        difference = np.abs(decode_image(data, inputs=[spec]).frames[0].astype(int) - full)
+        assert difference.mean() < 1.5
+
+
+def test_memoryview_and_mmap_equal_bytes(tmp_path: Path) -> None:
+    data = encoded(PHOTO, "JPEG")
+    (tmp_path / "photo").write_bytes(data)
+    with (tmp_path / "photo").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for other in (memoryview(data), mapped):
+        assert np.array_equal(decode_image(other, inputs=[SMALL]).frames[0], pixels(data))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_truncated_fails(image_format: str) -> None:
+    data = encoded(PHOTO, image_format)
+    with pytest.raises(DecodeError, match="truncated: image file is truncated"):
+        pixels(data[: len(data) // 2])
+
+
+def test_too_large_fails() -> None:
+    data = encoded(Image.new("1", (3000, 3000)), "PNG")
+    with pytest.raises(DecodeError, match="too_large: 3000x3000 pixels; the limit is 1,000,000"):
+        decode_image(data, inputs=[SMALL], max_pixels=1_000_000)
+
+
+def test_bomb_fails() -> None:
+    data = bytearray(encoded(Image.new("L", (8, 8)), "GIF"))
+    data[6:10] = b"\xff\xff\xff\xff"
+    with pytest.raises(DecodeError, match="too_large"):
+        pixels(bytes(data))
+
+
+def test_damaged_fails() -> None:
+    data = bytearray(encoded(PHOTO, "PNG"))
+    data[500:600] = bytes(100)
+    with pytest.raises(DecodeError, match="undecodable"):
+        pixels(bytes(data))
+
+
+def test_floating_point_fails() -> None:
+    data = encoded(Image.new("F", (8, 8)), "TIFF")
+    with pytest.raises(DecodeError, match="unsupported_codec: floating-point pixels have no known range"):
+        pixels(data)
+
+
+def test_wide_integers_fail() -> None:
+    data = encoded(Image.fromarray(np.full((8, 8), 1 << 20, np.int32)), "TIFF")
+    with pytest.raises(DecodeError, match="unsupported_codec: integer pixels beyond 16 bits"):
+        pixels(data)
+
+
+def test_video_fails() -> None:
+    with pytest.raises(DecodeError, match="unsupported_codec: a mp4 video, not an image"):
+        pixels(film("mp4", "mpeg4", num_frames=2))
+
+
+def test_text_fails() -> None:
+    with pytest.raises(ProbeError, match="unsupported_container"):
+        pixels(b"not an image")
+
+
+def test_nothing_is_printed_and_warnings_are_no_errors() -> None:
+    folder = SHARED / "awkward" / "images"
+    files = [
+        *folder.glob("real_*memory_error.jpg"),
+        *folder.glob("real_image*.jpg"),
+        *folder.glob("real_oom*.tif"),
+    ]
+    if not files:
+        pytest.skip("the shared images with odd metadata are not here")
+    program = (
+        "import pathlib, sys\n"
+        "from featurex_ray.errors import SampleError\n"
+        "from featurex_ray.media.image import InputSpec, decode_image\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: decode_image(pathlib.Path(name).read_bytes(), inputs=[InputSpec(8, 8)])\n"
+        "    except SampleError: pass\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, files)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
