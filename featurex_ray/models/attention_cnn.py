@@ -33,4 +33,4 @@ class AttentionCnn(nn.Module):
         maps = self.backbone(frames.flatten(0, 1)).float()
         cells = maps.flatten(2).transpose(1, 2)
         context, weights = self.attention(cells.mean(dim=1), cells)
-        return context, weights.unflatten(-1, maps.shape[-2:])
+        return context, weights.reshape(len(maps), *maps.shape[-2:])

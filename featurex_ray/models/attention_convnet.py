@@ -45,7 +45,7 @@ class AttentionConvNet(nn.Module):
         plain = self._trunk(cells)
         # float32, so that the weights sum to 1 in bf16 runs too.
         scores = self.attention(plain).float()
-        weights = torch.softmax(scores, dim=-1).unflatten(-1, (5, 5))
+        weights = torch.softmax(scores, dim=-1).reshape(-1, 5, 5)
         attended = self._trunk(NUM_CELLS * weights.unsqueeze(1) * cells)
         gate = torch.sigmoid(self.attention_combine(torch.tanh(scores)))
         return gate * attended + (1 - gate) * plain, weights

@@ -65,7 +65,7 @@ class FeatureMap(nn.Module):
         self.model(frames)
         maps = self._maps.pop()
         if maps.ndim == 3:  # transformers give a class token, then one token a cell
-            maps = maps[:, 1:].transpose(1, 2).unflatten(-1, self._size)
+            maps = maps[:, 1:].transpose(1, 2).reshape(len(maps), -1, *self._size)
         return torch.relu(maps) if self._is_densenet else maps  # DenseNet activates outside its layers
 
     def _keep(self, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:

@@ -1,7 +1,5 @@
 """`cnn_lstm`: a backbone's vector per frame, a recurrent network over them, attention over time."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +18,11 @@ class CnnLstm(nn.Module):
     Args:
         backbone: Gives a vector for a frame.
         vector_size: Its length.
-        rnn: Which recurrent network.
+        rnn: Which recurrent network, "lstm" or "gru".
         hidden: Its hidden size, and D, the length of the feature.
     """
 
-    def __init__(
-        self, backbone: Backbone, *, vector_size: int, rnn: Literal["lstm", "gru"], hidden: int
-    ) -> None:
+    def __init__(self, backbone: Backbone, *, vector_size: int, rnn: str, hidden: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.rnn = _CELLS[rnn](vector_size, hidden, batch_first=True)
@@ -42,7 +38,7 @@ class CnnLstm(nn.Module):
             The feature (B, D) and one weight a frame, (B, T), which sum to 1.
         """
         vectors = self.embed_frames(frames.flatten(0, 1))
-        return self.embed_clips(vectors.unflatten(0, frames.shape[:2]))
+        return self.embed_clips(vectors.reshape(*frames.shape[:2], -1))
 
     def embed_frames(self, frames: Tensor) -> Tensor:
         """The backbone's vectors (B, E) of frames (B, 3, H, W)."""

@@ -94,7 +94,7 @@ class Embedder:
         std = torch.tensor(self.spec.std, device=self.device).view(3, 1, 1)
         self._scale = 1 / (255 * std)
         self._shift = -torch.tensor(self.spec.mean, device=self.device).view(3, 1, 1) / std
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copies = _copy_stream(self.device)
         if precision == "fp32":
             # TF32 keeps ten bits; the same frame would differ in the third digit between batch sizes.
             torch.backends.cudnn.allow_tf32 = False
@@ -115,33 +115,32 @@ class Embedder:
         lengths = np.asarray(clip_lengths, np.int64)
         self._check(frames, lengths)
         result = _Collected(len(lengths), self.spec.dimension, self.spec.attention_shape)
-        with torch.inference_mode():
-            if self.spec.media == "any":
-                self._embed_frame_by_frame(frames, lengths, result)
-            else:
-                self._embed_whole_clips(frames, lengths, result)
+        if len(lengths) == 0:
+            return result.features()
+        embed = self._embed_frame_by_frame if self.spec.media == "any" else self._embed_whole_clips
+        try:
+            with torch.inference_mode():
+                embed(frames, lengths, result)
+        except torch.OutOfMemoryError:  # not even for a single frame
+            result.fail(np.arange(len(lengths)), *_TOO_LARGE)
         return result.features()
 
     def _embed_frame_by_frame(self, frames: np.ndarray, lengths: np.ndarray, result: "_Collected") -> None:
-        try:
-            vectors, attention = self._run(
-                lambda x: self._call(x.unsqueeze(1)), frames, np.arange(len(frames))
-            )
-        except torch.OutOfMemoryError:
-            result.fail(np.arange(len(lengths)), *_TOO_LARGE)
-            return
-        result.put(np.arange(len(lengths)), _mean(vectors, lengths), _mean(attention, lengths))
+        vectors, attention = self._run(lambda x: self._model(x.unsqueeze(1)), frames, np.arange(len(frames)))
+        means = None if attention is None else _mean(attention, lengths)
+        result.put(np.arange(len(lengths)), _mean(vectors, lengths), means)
 
     def _embed_whole_clips(self, frames: np.ndarray, lengths: np.ndarray, result: "_Collected") -> None:
-        starts = np.cumsum(lengths) - lengths
-        call, items = self._call, frames
+        call: _Call = self._model
+        items = frames
         if isinstance(self._model, TwoStage):
             call = self._model.embed_clips
             items, _ = self._run(self._model.embed_frames, frames, np.arange(len(frames)))
+        starts = np.cumsum(lengths) - lengths
         for length in np.unique(lengths):
             clips = np.flatnonzero(lengths == length)
             if not self.spec.min_frames <= length <= (self.spec.max_frames or length):
-                result.fail(clips, *self._wrong_length(int(length)))
+                result.fail(clips, "wrong_clip_length", self._wrong_length(int(length)))
                 continue
             try:
                 result.put(clips, *self._run(call, items, starts[clips, None] + np.arange(length)))
@@ -203,9 +202,6 @@ class Embedder:
         moved.record_stream(current)
         return moved
 
-    def _call(self, frames: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self._model(frames)
-
     def _check(self, frames: np.ndarray, lengths: np.ndarray) -> None:
         wanted = (self.spec.input.height, self.spec.input.width, 3)
         if frames.ndim != 4 or frames.shape[1:] != wanted or frames.dtype != np.uint8:
@@ -215,13 +211,12 @@ class Embedder:
         if lengths.ndim != 1 or (lengths < 1).any() or lengths.sum() != len(frames):
             raise ValueError(f"clip lengths must be positive and sum to {len(frames)} frames, not {lengths}")
 
-    def _wrong_length(self, length: int) -> tuple[str, str]:
+    def _wrong_length(self, length: int) -> str:
         least, most = self.spec.min_frames, self.spec.max_frames
         wanted = f"exactly {least}" if least == most else f"at least {least}"
         return (
-            "wrong_clip_length",
             f"{self.spec.name} takes clips of {wanted} frames and this one has {length}; "
-            f"--sampling {self.spec.default_sampling} gives what it takes",
+            f"--sampling {self.spec.default_sampling} gives what it takes"
         )
 
 
@@ -240,8 +235,8 @@ def resolve_precision(precision: str) -> str:
     if torch.cuda.is_available():
         fast = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        capabilities = torch.cpu.get_capabilities()
-        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+        # torch 2.11 has no public way to ask.
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "fp32"
 
 
@@ -306,6 +301,12 @@ def _on_device(extractor: Extractor, device: torch.device) -> Extractor:
     return cast("Extractor", module)
 
 
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """Cut rows into batches; the last one is padded with copies of its last row.
 
@@ -321,9 +322,9 @@ def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
         yield len(rows), np.concatenate([rows, np.repeat(rows[-1:], padding, axis=0)])
 
 
-def _mean(rows: np.ndarray | None, lengths: np.ndarray) -> np.ndarray | None:
+def _mean(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Means over runs of rows, in float64, so that long clips lose nothing."""
-    if rows is None or len(lengths) == len(rows):
+    if len(lengths) == len(rows):
         return rows
     sums = np.add.reduceat(rows, np.cumsum(lengths) - lengths, axis=0, dtype=np.float64)
     means: np.ndarray = (sums / lengths.reshape(-1, *[1] * (rows.ndim - 1))).astype(np.float32)
