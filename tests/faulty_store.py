@@ -8,7 +8,10 @@ import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+import pytest
 
 Fault = int | Literal["reset", "hang", "short"]
 
@@ -65,6 +68,14 @@ class FaultyStore(ThreadingHTTPServer):
         """Clients that hang up are part of the game."""
 
 
+def use_store(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `s3://` mean this store."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FaultyStore
@@ -74,6 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        query = parse_qs(urlsplit(self.path).query)
+        if "list-type" in query:
+            self._list(path, query.get("prefix", [""])[0], query.get("continuation-token", [""])[0])
+            return
         asked = self.headers.get("Range")
         fault = self.server.enter(path, asked)
         sent = 0
@@ -82,6 +97,25 @@ class _Handler(BaseHTTPRequestHandler):
             sent = self._answer(path, asked, fault)
         finally:
             self.server.leave(sent)
+
+    def _list(self, bucket: str, prefix: str, after: str) -> None:
+        """Lists keys in pages of 25; the token is the last key of the page before."""
+        start = f"{bucket.rstrip('/')}/"
+        keys = sorted(
+            path.removeprefix(start) for path in self.server.objects if path.startswith(start + prefix)
+        )
+        keys = [key for key in keys if key > after]
+        page, more = keys[:25], len(keys) > 25
+        items = "".join(
+            f"<Contents><Key>{escape(k)}</Key><ETag>&quot;e&quot;</ETag><Size>1</Size></Contents>"
+            for k in page
+        )
+        token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
+        body = f"<ListBucketResult><KeyCount>{len(page)}</KeyCount>{items}{token}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def do_HEAD(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -2,12 +2,10 @@ import gzip
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from featurex_ray.errors import (
 from featurex_ray.manifest import Manifest, build_manifest, read_inline, read_manifest
 from featurex_ray.schemas import SAMPLE, sample_schema
 from featurex_ray.storage import Fetcher, ReadPolicy, filesystem
-from tests.faulty_store import FaultyStore
+from tests.faulty_store import FaultyStore, use_store
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -91,39 +89,6 @@ def refusal(uri: str | Path, **options: Any) -> str:
     with pytest.raises(ManifestError, match=r"manifest|read") as caught:
         read(uri, **options)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    # Short pages, so that a few keys show whether all of them are listed.
-    pages = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "25"}
-    server = subprocess.Popen(command, env=pages, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-@pytest.fixture
-def s3_root(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    root = f"s3://bucket-{os.urandom(6).hex()}"
-    files, path = filesystem(root)
-    files.mkdir(path.strip("/"))
-    return root
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -219,9 +184,7 @@ class TestFormats:
     def test_a_store_that_is_away_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("featurex_ray.storage.filesystems._LISTING_ATTEMPTS", 2)
         with FaultyStore() as store:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
-            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+            use_store(store, monkeypatch)
             store.objects["/bkt/m.csv"] = csv_bytes(ROWS)
             assert read("s3://bkt/m.csv")[0].num_samples == 3
             store.faults["/bkt/m.csv"] = [503] * 99
@@ -567,10 +530,12 @@ class TestBuild:
             with Fetcher(ReadPolicy(f"{root}/m.jsonl")) as reader:
                 assert reader.fetch(rows[1]["uri"]).data == b"dog/2.jpg"
 
-    def test_more_keys_than_a_page(self, s3_root: str, tmp_path: Path) -> None:
-        files, path = filesystem(s3_root)
-        files.pipe({f"{path}many/{i:02}.jpg": b"x" for i in range(60)})
-        assert build_manifest(f"{s3_root}/many", f"{tmp_path}/m.parquet").num_samples == 60
+    def test_more_keys_than_a_page(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with FaultyStore() as store:
+            use_store(store, monkeypatch)
+            store.objects = {f"/bkt/many/{i:02} &.jpg": b"x" for i in range(60)}
+            assert build_manifest("s3://bkt/many", f"{tmp_path}/m.parquet").num_samples == 60
+        assert read(f"{tmp_path}/m.parquet")[1][59]["uri"] == "s3://bkt/many/59 &.jpg"
 
     def test_an_unusable_name_is_passed_over(self, tmp_path: Path) -> None:
         source = self.tree(str(tmp_path))

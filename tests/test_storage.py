@@ -12,12 +12,12 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurex_ray.errors import FetchError, RefusedUriError, RequestError
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy, filesystem, parse, redact, resolve
-from tests.faulty_store import FaultyStore
+from tests.faulty_store import FaultyStore, use_store
 
 HOME = "s3://bkt/manifests/m.parquet"
 NAMES = Path(__file__).parents[1].parent / "shared" / "data" / "awkward" / "names.json"
@@ -26,13 +26,7 @@ NAMES = Path(__file__).parents[1].parent / "shared" / "data" / "awkward" / "name
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
     with FaultyStore() as server:
-        for name, value in {
-            "AWS_ENDPOINT_URL": server.endpoint,
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
+        use_store(server, monkeypatch)
         yield server
 
 
@@ -78,6 +72,7 @@ class TestUri:
         location = parse(uri)
         assert (location.scheme, location.root, location.path, location.member) == parts
 
+    @settings(deadline=None, max_examples=50)
     @given(st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/\\%."), min_size=1))
     def test_parse_is_literal(self, name: str) -> None:
         assert parse(f"s3://bkt/dir/{name}.jpg").path == f"dir/{name}.jpg"
@@ -257,6 +252,7 @@ class TestReadPolicy:
         with pytest.raises(RefusedUriError, match="bucket"):
             ReadPolicy(HOME, ("s3:///x",))
 
+    @settings(deadline=None, max_examples=50)
     @given(st.text(st.sampled_from("ab/.:%\\é -_2e"), min_size=1, max_size=12))
     def test_plainly_allowed_agrees_with_check(self, name: str) -> None:
         for policy, uri in [(ReadPolicy(HOME), f"s3://bkt/{name}"), (ReadPolicy("/m.csv"), f"/{name}")]:

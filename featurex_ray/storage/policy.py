@@ -15,7 +15,8 @@ from featurex_ray.storage.uri import WEB, Location, has_parent_segment, parse, r
 OBJECT_STORES = frozenset({"s3", "gs", "az", "abfs", "abfss", "adl", "oci", "oss", "hdfs"})
 """Schemes that a local manifest may name without being told so."""
 
-_PLAIN_NAME = r"[\p{L}\p{N}_=+,@ -][\p{L}\p{N}_.=+,@ -]*"
+# Nothing that `parse` looks twice at: escapes, members, leading dots, control characters.
+_PLAIN_NAME = r"[^./\\%:\x00-\x1f\x7f][^/\\%:\x00-\x1f\x7f]*"
 _PLAIN_PATH = rf"({_PLAIN_NAME}/)*{_PLAIN_NAME}"
 
 
