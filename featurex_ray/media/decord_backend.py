@@ -2,9 +2,9 @@
 
 decord 0.6 numbers frames by the packets that its own FFmpeg lists. So it is only used on the
 codec and container pairs where these are the frames that come out, and where it lists the very
-timestamps of our own timeline. It never seeks: its seeks were seen to land on wrong frames behind
-edit lists (86 of 120), with open GOPs (a few) and with intra refresh (72 of 120), which the
-container's header does not tell.
+timestamps of our own timeline. It never seeks here, nor skips, which may seek: it was seen to
+land on wrong frames behind edit lists (86 of 120), with open GOPs (a few) and with intra refresh
+(72 of 120), which the container's header does not tell.
 """
 
 import importlib.util
@@ -72,12 +72,17 @@ class DecordDecoder:
         """Decode frames of the timeline; see `FrameDecoder`."""
         for index in indices:
             try:
-                if index > self._position:
-                    self._reader.skip_frames(int(index) - self._position)
-                pixels = self._reader.next().asnumpy()
+                pixels = self._read_up_to(int(index))
             except (self._error, StopIteration) as error:
                 raise TimelineDisagreementError(f"decord: {error}") from error
-            self._position = int(index) + 1
             if pixels.shape[2] != 3:  # seen on pictures of a few pixels
                 raise TimelineDisagreementError(f"decord made an array of {pixels.shape}")
             yield Shown(int(index), Image.fromarray(pixels), intact=True)
+
+    def _read_up_to(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8: the frame at `index`, all those before it read too."""
+        while True:
+            frame = self._reader.next()
+            self._position += 1
+            if self._position > index:
+                return np.asarray(frame.asnumpy())

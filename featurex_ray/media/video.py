@@ -30,6 +30,9 @@ MAX_UNIT_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 _MAX_WINDOWS = 1_000_000
 
+_DECORD_TOLERANCE = 2
+"""Of 255: by how much its pixels may differ from PyAV's; all that were measured are equal."""
+
 _FREE_CLOCKS = ("mpegts", "mpeg", "mpegvideo")
 """Formats whose timestamps start anywhere."""
 
@@ -120,7 +123,7 @@ class DecodedVideo:
         complete: False when the container breaks off, or a part of these clips could not be
             decoded as it should.
         decoder: `pyav` or `decord`.
-        num_decoded: Frames that the decoder had to make for it; 0 where it doesn't say.
+        num_decoded: Frames that PyAV had to decode for it.
     """
 
     clips: tuple[Clip, ...]
@@ -217,7 +220,7 @@ def decode_video(
     _check_bytes(unit.num_frames * sum(spec.frame_bytes for spec in inputs), max_unit_bytes)
     filled: _Filled | None = None
     if _use_decord(resolve_policy(policy), pyav.header, unit):
-        filled = _try_decord(data, pyav.timeline, unit, inputs, num_threads)
+        filled = _try_decord(data, pyav, unit, inputs, num_threads)
     if filled is None:
         try:
             filled = _fill(pyav, unit, inputs)
@@ -371,13 +374,18 @@ def _use_decord(policy: DecoderPolicy, header: StreamHeader, unit: _Unit) -> boo
 
 
 def _try_decord(
-    data: Buffer, timeline: Timeline, unit: _Unit, inputs: Sequence[InputSpec], num_threads: int
+    data: Buffer, pyav: PyavDecoder, unit: _Unit, inputs: Sequence[InputSpec], num_threads: int
 ) -> _Filled | None:
     """decord's frames, or None where it doesn't see the video as PyAV does, as when it is damaged."""
     try:
-        return _fill(decord_backend.DecordDecoder(data, timeline, num_threads=num_threads), unit, inputs)
+        decord = decord_backend.DecordDecoder(data, pyav.timeline, num_threads=num_threads)
+        filled = _fill(decord, unit, inputs)
+        first = next(pyav.frames(unit.clips[0][1][:1]))
     except TimelineDisagreementError:
         return None
+    # It doesn't know mirrored display matrices, which no header shows beforehand.
+    difference = np.abs(filled.frames[0][0].astype(int) - fit(first.image, inputs[0]))
+    return filled if difference.max() <= _DECORD_TOLERANCE else None
 
 
 def _check_bytes(num_bytes: int, max_unit_bytes: int) -> None:

@@ -118,7 +118,9 @@ def test_frames_out_of_the_middle(name: str, policy: DecoderPolicy) -> None:
 
 
 @needs_decord
-@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "vp8.webm", "vp9.webm"])
+@pytest.mark.parametrize(
+    "name", ["h264.mp4", "h264-open-gop.mp4", "h264-intra-refresh.mkv", "vp8.webm", "vp9.webm"]
+)
 def test_decord_gives_the_same_pixels(name: str) -> None:
     pyav = decode(media(name), request(), policy="pyav")
     decord = decode(media(name), request(), policy="auto")
@@ -137,6 +139,16 @@ def test_decord_where_it_is_not_exact_fails(name: str) -> None:
     assert decode(media(name), request()).decoder == "pyav"
     with pytest.raises(DecodeError, match="unsupported_codec: decord is not frame-exact on this"):
         decode(media(name), request(), policy="decord")
+
+
+def test_mirrored_display_matrix() -> None:
+    data = media("h264.mp4")
+    upright = (1 << 16).to_bytes(4, "big") + bytes(12) + (1 << 16).to_bytes(4, "big")
+    at = data.index(upright, data.index(b"tkhd"))
+    mirrored = data[:at] + (-1 << 16).to_bytes(4, "big", signed=True) + data[at + 4 :]
+    expected = decode(data, request("every:2"), policy="pyav").frames[0][:, :, ::-1]
+    for policy in ("auto", "pyav"):
+        assert np.array_equal(decode(mirrored, request("every:2"), policy=policy).frames[0], expected)
 
 
 @needs_decord
