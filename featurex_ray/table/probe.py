@@ -42,14 +42,15 @@ def probe_store(store: ObjectStore) -> ProbeResult:
     known = _remembered(store)
     if known is not None:
         return known
-    result = race_store(store)
-    lost = [name for name in ("create", "replace") if not getattr(result, name)]
-    if lost:
+    create, replace = race(store, multipart=False)
+    if not (create and replace):
+        races = {"create": create, "replace": replace}
+        lost = " and ".join(name for name, won in races.items() if not won)
         raise StoreRefusedError(
-            f"{store.uri}: of {NUM_RACERS} racing conditional writes not exactly one won "
-            f"({', '.join(lost)}); this store would lose or double rows. Use one that honours "
-            "If-None-Match and If-Match"
+            f"{store.uri}: of {NUM_RACERS} racing conditional writes not exactly one won ({lost}); this "
+            "store would lose or double rows. Use one that honours If-None-Match and If-Match"
         )
+    result = ProbeResult(store.uri, store.endpoint, create, replace, *race(store, multipart=True))
     store.put(RESULT_KEY, json.dumps(asdict(result), indent=1).encode())
     return result
 
@@ -68,16 +69,24 @@ def require_multipart(store: ObjectStore) -> None:
         )
 
 
-def race_store(store: ObjectStore) -> ProbeResult:
-    """Runs the four races and removes what they wrote."""
-    folder = f"{PRIVATE}probe/{uuid.uuid4().hex}/"
+def race(store: ObjectStore, *, multipart: bool) -> tuple[bool, bool]:
+    """Races creates, then replaces, and removes what they wrote.
+
+    Returns:
+        Whether exactly one racer won each.
+    """
+    key = f"{PRIVATE}probe/{uuid.uuid4().hex}"
     try:
-        create, replace = _races(store, folder + "single", multipart=False)
-        multipart_create, multipart_replace = _races(store, folder + "multipart", multipart=True)
+        created = _one_winner(store, key, lambda body: store.create(key, body, multipart=multipart))
+        etag = store.head(key)
+        if etag is None:
+            return False, False
+        replaced = _one_winner(
+            store, key, lambda body: store.replace(key, body, etag=etag, multipart=multipart)
+        )
+        return created, replaced
     finally:
-        for name in ("single", "multipart"):
-            store.delete(folder + name)
-    return ProbeResult(store.uri, store.endpoint, create, replace, multipart_create, multipart_replace)
+        store.delete(key)
 
 
 def _remembered(store: ObjectStore) -> ProbeResult | None:
@@ -86,15 +95,6 @@ def _remembered(store: ObjectStore) -> ProbeResult | None:
     except FileNotFoundError:
         return None
     return result if (result.uri, result.endpoint) == (store.uri, store.endpoint) else None
-
-
-def _races(store: ObjectStore, key: str, *, multipart: bool) -> tuple[bool, bool]:
-    created = _one_winner(store, key, lambda body: store.create(key, body, multipart=multipart))
-    etag = store.head(key)
-    if etag is None:
-        return False, False
-    replaced = _one_winner(store, key, lambda body: store.replace(key, body, etag=etag, multipart=multipart))
-    return created, replaced
 
 
 def _one_winner(store: ObjectStore, key: str, write: Callable[[bytes], str]) -> bool:

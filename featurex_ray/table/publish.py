@@ -80,14 +80,17 @@ def publish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published:
         TableDamagedError: A part or the object contradicts the log, or the plan isn't wholly staged.
         StoreUnavailableError: The store didn't let it happen within the time limit; nothing is deleted.
     """
+    done = read_done(store, facts, plan)
+    if done:
+        return done
     try:
         for _ in attempts():
-            done = read_done(store, facts, plan) or finish(store, facts, plan)
-            if done:
-                return done
             with _open_target(store, facts, plan) as target:
                 if target is None or target.last_plan < plan.number:
                     _write(store, facts, plan, target)
+            done = finish(store, facts, plan)
+            if done:
+                return done
     except (FileNotFoundError, TableDamagedError) as error:
         done = read_done(store, facts, plan)  # who misses a part checks `done` first
         if done:

@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -61,6 +62,10 @@ MAX_SINGLE_PUT_BYTES = 5 * 2**30
 conditions of a PUT ignore those of a multipart upload's completion."""
 
 TAIL_BYTES = 64 * 1024
+"""Read when an object is opened: most Parquet footers are in it."""
+
+LIST_PAGE_KEYS = 1000
+"""The most that S3 lists in one answer."""
 
 NETWORK_FILESYSTEMS = {
     "9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
@@ -157,9 +162,9 @@ class ObjectStore(Protocol):
         """A folder for files on their way into the store, removed at the end."""
 
 
-def attempts(limit_seconds: float = TIME_LIMIT_SECONDS) -> Iterator[int]:
+def attempts() -> Iterator[int]:
     """Counts attempts, sleeping with jitter in between, until the time limit is over."""
-    deadline = time.monotonic() + limit_seconds
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
     ceiling = 0.05
     for attempt in itertools.count(1):
         yield attempt
@@ -299,7 +304,8 @@ class LocalStore(_Observed):
         """An object's ETag, or None."""
         try:
             with self._local_point("head", key):
-                return _etag((self.root / key).stat())
+                status = (self.root / key).stat()
+                return _etag(status) if stat.S_ISREG(status.st_mode) else None
         except FileNotFoundError:
             return None
 
@@ -499,7 +505,7 @@ class S3Store(_Observed):
 
     def list(self, prefix: str) -> Iterator[Listed]:
         """The objects below a prefix, in order of their keys."""
-        place = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
+        place = {"Bucket": self.bucket, "Prefix": self._key(prefix), "MaxKeys": LIST_PAGE_KEYS}
         more: dict[str, str] = {}
         while True:
             page = self._retried("list", prefix, functools.partial(_list_page, **place, **more))
@@ -673,7 +679,7 @@ def _upload_part(s3: Any, *, at: dict[str, Any], chunk: bytes) -> str:
     return str(s3.upload_part(**at, Body=chunk)["ETag"])
 
 
-def _list_page(s3: Any, **where: str) -> Any:
+def _list_page(s3: Any, **where: Any) -> Any:
     return s3.list_objects_v2(**where)
 
 

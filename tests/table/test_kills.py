@@ -1,6 +1,6 @@
 """A run is killed at every moment before and after a store operation, and run again: R1 in process."""
 
-from dataclasses import replace
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,10 @@ from tests.table.conftest import FACTS, Killed, World, content, kill_at, observe
 FIRST = World(num_samples=4, version="1", failing=frozenset({"s0001", "s0002"}))
 SECOND = World(num_samples=5, version="22", failing=frozenset({"s0002"}))
 """Together they make new objects, failures, changed samples and mended ones."""
+
+
+STRIDES = os.environ.get("FEATUREX_KILL_STRIDES", "29,71").split(",")
+"""Every so many moments are tried, locally and on S3; `FEATUREX_KILL_STRIDES=1,1` tries them all."""
 
 
 def both_runs(uri: str, hook: Hook | None = None) -> FeatureTable:
@@ -42,8 +46,11 @@ def num_moments(uri: str) -> int:
     return moments()
 
 
-@pytest.fixture(scope="module")
-def local_moments(tmp_path_factory: pytest.TempPathFactory) -> int:
-    return num_moments(str(tmp_path_factory.mktemp("counted")))
+def test_kill_locally(tmp_path: Path) -> None:
+    for n in range(1, num_moments(str(tmp_path / "counted")) + 1, int(STRIDES[0])):
+        check_kill(str(tmp_path / str(n)), n)
 
 
+def test_kill_on_s3(s3_root: str) -> None:
+    for n in range(1, num_moments(f"{s3_root}/counted") + 1, int(STRIDES[1])):
+        check_kill(f"{s3_root}/{n}", n)

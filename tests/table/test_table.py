@@ -288,5 +288,7 @@ def test_missing_plan_fails(local_table: FeatureTable) -> None:
 def test_deleted_object_fails(local_table: FeatureTable) -> None:
     run(local_table, World(), per_plan=12)
     (open_store(local_table.store.uri).root / "t/dataset=d/0000000000.parquet").unlink()
-    with pytest.raises(TableDamagedError, match=r"0000000000\.parquet is missing, but plan 0000000000 is done"):
+    with pytest.raises(
+        TableDamagedError, match=r"0000000000\.parquet is missing, but plan 0000000000 is done"
+    ):
         local_table.plan(World().samples, run_id="r")
