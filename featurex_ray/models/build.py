@@ -51,7 +51,7 @@ def build(spec: ExtractorSpec, file: WeightsFile | None) -> Extractor:
 
 def is_backbone_only(names: Iterable[str], spec: ExtractorSpec) -> bool:
     """Whether tensors of these names are a bare torchvision model, not the whole extractor."""
-    return backbone_of(spec) is not None and not any(name.startswith("backbone.") for name in names)
+    return spec.backbone is not None and not any(name.startswith("backbone.") for name in names)
 
 
 def check_shapes(spec: ExtractorSpec, found: Shapes, *, name: str) -> None:
@@ -86,13 +86,6 @@ def save_weights(module: nn.Module, path: str) -> None:
         k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()
     }
     safetensors.torch.save_file(tensors, path)
-
-
-def backbone_of(spec: ExtractorSpec) -> str | None:
-    """The torchvision model inside a built-in extractor, None where there is none."""
-    if spec.name.startswith("torchvision/"):
-        return spec.name.removeprefix("torchvision/")
-    return dict(spec.options).get("backbone")
 
 
 def _seeded(spec: ExtractorSpec) -> Extractor:
@@ -160,7 +153,7 @@ def _target(extractor: Extractor, spec: ExtractorSpec, names: Iterable[str]) -> 
 
 def _is_dropped(key: str, spec: ExtractorSpec) -> bool:
     """Whether a tensor belongs to what is cut off a torchvision model."""
-    name = backbone_of(spec)
+    name = spec.backbone
     if name is None:
         return False
     head = (IMAGE_MODELS | VIDEO_MODELS)[name].head

@@ -15,7 +15,7 @@ from featurex_ray.models.registry import ResolvedExtractor
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BATCH_PIXELS = {"cpu": 16 * 224 * 224, "cuda": 128 * 224 * 224}
+_BATCH_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 128 * 224 * 224}
 _MAX_BATCH_FRAMES = 4096
 
 _Call = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -304,7 +304,7 @@ def _on_device(extractor: Extractor, device: torch.device) -> Extractor:
 def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)
 
 
 def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:

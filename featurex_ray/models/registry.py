@@ -104,7 +104,7 @@ def _row(spec: ExtractorSpec) -> ExtractorRow:
         file = bundled_weights(spec.name)
         source, on_disk = (file.source, True) if file else (NO_WEIGHTS, True)
     else:
-        source = _weights_file_name(_backbone(spec))
+        _, source = _torchvision_file(spec)
         on_disk = (checkpoints_folder() / source).is_file()
     size = f"3x{spec.input.height}x{spec.input.width}"
     return ExtractorRow(spec.name, spec.media, spec.dimension, size, source, on_disk)
@@ -206,8 +206,8 @@ def _weights_of(spec: ExtractorSpec, weights: str | None) -> tuple[WeightsFile |
     if spec.name in _BUNDLED and dict(spec.options) == BUILT_IN[spec.name].options:
         file = bundled_weights(spec.name)
         return file, () if file else ("all",)
-    backbone = _backbone(spec)
-    file = torchvision_weights(backbone, _weights_file_name(backbone))
+    backbone, file_name = _torchvision_file(spec)
+    file = torchvision_weights(backbone, file_name)
     return file, _BEYOND_BACKBONE.get(spec.name, ())
 
 
@@ -277,12 +277,10 @@ def _backbone_zoo(name: str) -> ImageModel:
     return IMAGE_MODELS[name]
 
 
-def _backbone(spec: ExtractorSpec) -> str:
-    return dict(spec.options).get("backbone") or spec.name.removeprefix("torchvision/")
-
-
-def _weights_file_name(backbone: str) -> str:
-    return (IMAGE_MODELS | VIDEO_MODELS)[backbone].weights_file
+def _torchvision_file(spec: ExtractorSpec) -> tuple[str, str]:
+    """The torchvision model inside an extractor, and the file of its weights."""
+    name = spec.backbone or ""
+    return name, (IMAGE_MODELS | VIDEO_MODELS)[name].weights_file
 
 
 def _input(zoo: ImageModel | VideoModel) -> InputSpec:

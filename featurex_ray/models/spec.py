@@ -95,6 +95,13 @@ class ExtractorSpec:
         """Name and options, in the form that `resolve` reads."""
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.options)])
 
+    @property
+    def backbone(self) -> str | None:
+        """The torchvision model inside, None where there is none."""
+        if self.name.startswith("torchvision/"):
+            return self.name.removeprefix("torchvision/")
+        return dict(self.options).get("backbone")
+
     def option(self, key: str) -> str:
         """The value of one option."""
         return dict(self.options)[key]
