@@ -51,6 +51,13 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 
+_MARGIN = 2.75
+"""By how much a JPEG decoded at reduced scale is still too large. Measured with MobileNetV2 and
+SqueezeNet on photographs, against full decode: cosine >= 0.9993 (at 2.0: 0.9986)."""
+
+_SMALL_INPUT = 96
+"""Inputs below this many pixels a side are treated as this large: they feel the change more."""
+
 # All that Pillow's parsers were seen to raise on damaged files.
 _PILLOW_ERRORS = (
     OSError,
@@ -100,8 +107,8 @@ def decode_image(
 ) -> DecodedImage:
     """Decode an image for one or several models.
 
-    A JPEG of at least four times the size that is needed is decoded at a half, a quarter or an
-    eighth, always at least twice what is needed.
+    A JPEG much larger than needed is decoded at a half, a quarter or an eighth, always at least
+    2.75 times as large as any input needs.
 
     Args:
         data: The encoded image.
@@ -142,13 +149,19 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _reduce(image: Image.Image, inputs: Sequence[InputSpec]) -> None:
-    """Have libjpeg decode at 1/2, 1/4 or 1/8, at least twice as large as any input needs."""
+    """Have libjpeg decode at 1/2, 1/4 or 1/8 of its size, where that leaves enough for every input."""
     # EXIF may yet swap the sides: take the way around that needs more.
     sides = (image.size, image.size[::-1])
-    reduction = min(spec.reduction(*size) for spec in inputs for size in sides) / 2
-    scale = next((scale for scale in (8, 4, 2) if scale <= reduction), 1)
+    reduction = min(_reduction(spec, *size) for spec in inputs for size in sides)
+    scale = next((scale for scale in (8, 4, 2) if scale * _MARGIN <= reduction), 1)
     if scale > 1:
         image.draft(None, (image.width // scale, image.height // scale))
+
+
+def _reduction(spec: InputSpec, width: int, height: int) -> float:
+    """How many source pixels make one input pixel, were the input not smaller than `_SMALL_INPUT`."""
+    side = spec.resize or min(spec.height, spec.width)
+    return spec.reduction(width, height) * min(1.0, side / _SMALL_INPUT)
 
 
 def _orientation(image: Image.Image) -> int:
