@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from featurex_ray.pipeline.report import RunReport as RunReport
     from featurex_ray.pipeline.run import run as run
     from featurex_ray.table.read import open_table as open_table
-    from featurex_ray.table.verify import verify as verify
+    from featurex_ray.table.verify import verify_table as verify_table
 
 _HOMES = {
     "ExtractionJob": "featurex_ray.job",
@@ -30,7 +30,7 @@ _HOMES = {
     "build_manifest": "featurex_ray.manifest",
     "open_table": "featurex_ray.table.read",
     "run": "featurex_ray.pipeline.run",
-    "verify": "featurex_ray.table.verify",
+    "verify_table": "featurex_ray.table.verify",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604  names that `__getattr__` finds

@@ -256,11 +256,12 @@ def benchmark(path: str | None, media: str | None, samples: int, **options: Any)
 @click.argument("table")
 @click.option("--manifest", metavar="URI", help="Also check that each of this manifest's samples is there.")
 @click.option("--dataset", metavar="NAME", help="As given to extract, where the manifest has no such column.")
-def verify(table: str, manifest: str | None, dataset: str | None) -> None:
+@click.option("--allow-prefix", multiple=True, metavar="URI", help="As given to extract.")
+def verify(table: str, manifest: str | None, dataset: str | None, allow_prefix: tuple[str, ...]) -> None:
     """Prove the accounting of TABLE: each sample once, in features or failures, whole."""
     from featurex_ray.table.verify import verify_table
 
-    report = verify_table(table, manifest=manifest, dataset=dataset)
+    report = verify_table(table, manifest=manifest, dataset=dataset, allow_prefixes=allow_prefix)
     click.echo("\n".join(report.lines()))
     sys.exit(0 if report.ok else EXIT_FAILED)
 

@@ -6,12 +6,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-LONGEST_LIST = 4
+LONGEST_LIST = 3
+WIDTH_OF_LOGS = 140
 
 
 def print_rows(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
     """Print rows as a table; long lists are shown by their beginning and length."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_LOGS
     if not rows:
         console.print(f"{title or 'rows'}: none")
         return
@@ -29,10 +32,10 @@ def show(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     if isinstance(value, list | tuple):
         shown = ", ".join(show(item) for item in value[:LONGEST_LIST])
-        return f"[{shown}]" if len(value) <= LONGEST_LIST else f"[{shown}, ... {len(value)}]"
+        return f"[{shown}]" if len(value) <= LONGEST_LIST else f"[{shown}, ..{len(value)}]"
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
     return str(value)

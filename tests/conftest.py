@@ -1,8 +1,6 @@
-"""Fixtures that several parts share: real data, and an S3 server in a process of its own."""
+"""Fixtures that several parts share: real data, an S3 server in a process of its own, a small Ray."""
 
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,29 +8,9 @@ from pathlib import Path
 import botocore.session
 import pytest
 
+from featurex_ray.demo import server
+
 CHECKOUT = Path(__file__).parents[1]
-
-# moto checks a condition and writes in two steps; one request at a time makes that one step.
-SERVER = """
-import os, sys, threading
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import WSGIRequestHandler, make_server
-
-app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
-
-def one_at_a_time(environ, start_response):
-    with lock:
-        return app(environ, start_response)
-
-class Quiet(WSGIRequestHandler):
-    def log(self, *_):
-        pass
-
-server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=Quiet)
-print(server.server_port, flush=True)
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-server.serve_forever()
-"""
 
 
 @pytest.fixture(scope="session")
@@ -46,25 +24,20 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The endpoint of moto's S3 server; it ends with this process, whatever becomes of it."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout
-    endpoint = f"http://127.0.0.1:{int(server.stdout.readline())}"
-    environment = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-    }
-    before = dict(os.environ)
-    os.environ.update(environment)
-    yield endpoint
-    os.environ.clear()
-    os.environ.update(before)
-    server.terminate()
-    server.wait(10)
+    """The endpoint of an S3 server in a process of its own; the environment points at it."""
+    with server.s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: str) -> Iterator[None]:
+    """Ray with two CPUs and a logical GPU; its workers know the S3 server."""
+    import ray
+
+    assert os.environ["AWS_ENDPOINT_URL"] == s3_server
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

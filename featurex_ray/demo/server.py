@@ -1,4 +1,4 @@
-"""An S3 server in a child process, for the demo: moto's, on a free loopback port.
+"""An S3 server in a child process, for the demo and the tests: moto's, on a free loopback port.
 
 Run as a module it is that child: it prints its address, serves until its standard input
 closes, and so ends with its parent whatever becomes of it.
@@ -7,8 +7,10 @@ closes, and so ends with its parent whatever becomes of it.
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from featurex_ray.errors import RequestError, RunError
 
@@ -61,15 +63,26 @@ def _endpoint(child: "subprocess.Popen[str]") -> str:
 def serve() -> None:
     """Print the address, then serve until standard input closes."""
     try:
-        from moto.server import ThreadedMotoServer
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
     except ImportError:
         print("missing", flush=True)
         return
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    print(f"http://{host}:{port}", flush=True)
-    sys.stdin.read()
+    moto, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def application(environ: dict[str, Any], start_response: Any) -> Any:
+        # moto checks a condition and writes in two steps; a lock makes them one, as on a real store.
+        with one_at_a_time:
+            return moto(environ, start_response)
+
+    class Quiet(WSGIRequestHandler):
+        def log(self, *_: Any) -> None:
+            """Requests are nobody's business."""
+
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    server.serve_forever()
 
 
 if __name__ == "__main__":

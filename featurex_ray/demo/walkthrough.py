@@ -20,11 +20,11 @@ BUCKET = "s3://featurex-demo"
 OUTPUT = f"{BUCKET}/features"
 
 IMAGES_SQL = """
-    SELECT sample_id, width, height, attention_shape, len(feature) AS dimension, feature
-    FROM features ORDER BY sample_id
+    SELECT sample_id, width, height, feature, attention FROM features ORDER BY sample_id
 """
 VIDEOS_SQL = """
-    SELECT sample_id, clip_index, num_clips, start_seconds, end_seconds, frame_pts_seconds, feature
+    SELECT sample_id, clip_index || '/' || num_clips AS clip, start_seconds, end_seconds,
+        frame_pts_seconds, feature
     FROM features ORDER BY sample_id, clip_index
 """
 FAILURES_SQL = "SELECT sample_id, stage, error, message FROM failures ORDER BY sample_id"
@@ -102,7 +102,10 @@ def _show_neighbours() -> None:
     sample = "chelsea.jpg"
     _step(f"featurex search {OUTPUT}/attention_convnet --sample {sample} -k 3")
     found = open_table(f"{OUTPUT}/attention_convnet").search(sample_id=sample, k=3)
-    print_rows(found.to_pylist(), title="Nearest neighbours of chelsea.jpg, by cosine")
+    print_rows(
+        found.select(["similarity", "sample_id", "uri"]).to_pylist(),
+        title="Nearest neighbours of chelsea.jpg, by cosine",
+    )
 
 
 def _show_places(*reports: RunReport) -> None:

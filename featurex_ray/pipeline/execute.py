@@ -82,25 +82,27 @@ class Tracker:
         Returns:
             How many samples became whole by them, and the assignments that became whole.
         """
-        whole = [key for row in staged.to_pylist() if (key := self._whole_sample(row))]
-        for assignment, plan_row in whole:
-            self._todo[assignment][plan_row] = False
+        whole = [row["assignment"] for row in staged.to_pylist() if self._completes(row)]
+        for assignment in whole:
             self.left[assignment] -= 1
-        return len(whole), sorted({a for a, _ in whole if self.left[a] == 0})
+        return len(whole), sorted({number for number in whole if self.left[number] == 0})
 
-    def _whole_sample(self, row: dict[str, Any]) -> tuple[int, int] | None:
-        """The sample that this unit makes whole; a unit that Ray did twice makes none."""
+    def _completes(self, row: dict[str, Any]) -> bool:
+        """Whether this unit makes its sample whole; one that Ray did twice does so once."""
         key = row["assignment"], row["plan_row"]
         for codes, code in zip(self.codes, row["error_codes"], strict=True):
             if code is not None:
                 codes.setdefault(key, code)
+        if not self._todo[key[0]][key[1]]:
+            return False
         if row["num_units"] > 1 and not any(row["error_codes"]):
             units = self._units.setdefault(key, set())
             units.add(row["unit_index"])
             if len(units) < row["num_units"]:
-                return None
+                return False
         self._units.pop(key, None)
-        return key if self._todo[key[0]][key[1]] else None
+        self._todo[key[0]][key[1]] = False
+        return True
 
 
 def run_pipeline(work: Work) -> Iterator[pa.Table]:

@@ -36,7 +36,7 @@ from featurex_ray.table.facts import TableFacts, read_facts
 from featurex_ray.table.plan import Plan
 from featurex_ray.table.probe import probe_store
 from featurex_ray.table.publish import Published
-from featurex_ray.table.store import ObjectStore, open_store
+from featurex_ray.table.store import LocalStore, ObjectStore, open_store
 from featurex_ray.table.table import FeatureTable
 
 
@@ -98,8 +98,11 @@ def run(job: ExtractionJob, *, progress: Progress | None = None) -> RunReport:
     progress = progress or Silent()
     request = prepare(job)
     progress.say(f"{request.manifest.num_samples:,} samples in {job.manifest}")
-    probe_store(request.store)
     with _cluster():
+        if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
+            connect(job)
+            _refuse_local_store_on_many_hosts(request.store)
+        probe_store(request.store)
         tables = [_open_table(request, index) for index in range(len(request.extractors))]
         report = _new_report(request, tables)
         # Again after each round: other runs may have planned meanwhile what blocked ours.
@@ -193,6 +196,15 @@ def _recorded(store: ObjectStore, name: str) -> dict[str, Any]:
         return read_facts(store, name).extractor
     except TableNotFoundError:
         return {}
+
+
+def _refuse_local_store_on_many_hosts(store: ObjectStore) -> None:
+    hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if isinstance(store, LocalStore) and len(hosts) > 1:
+        raise RequestError(
+            f"{store.uri} is a local directory, and the cluster has {len(hosts)} hosts that would each write "
+            "to their own: give --output an s3:// URI"
+        )
 
 
 def _ask_precision(job: ExtractionJob) -> str:

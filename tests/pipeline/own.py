@@ -1,0 +1,40 @@
+"""Extractors of a user's own, for tests."""
+
+import time
+
+import torch
+
+from featurex_ray import ExtractorSpec, InputSpec
+
+
+class MeanColour:
+    """The mean of each channel."""
+
+    spec = ExtractorSpec(
+        dimension=3, input=InputSpec(16, 16, None, "bilinear"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, 3)."""
+        return frames.mean(dim=(1, 3, 4))
+
+
+class LargeMean(MeanColour):
+    """The same of large frames."""
+
+    spec = ExtractorSpec(dimension=3, input=InputSpec(224, 224, 224, "bilinear"))
+
+
+class EveryFifth(MeanColour):
+    """The same, with another default sampling."""
+
+    spec = ExtractorSpec(dimension=3, input=MeanColour.spec.input, default_sampling="every:5")
+
+
+class SlowMean(MeanColour):
+    """The same, slow enough to be killed on the way."""
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, 3), a quarter of a second a frame."""
+        time.sleep(0.25 * len(frames))
+        return super().__call__(frames)

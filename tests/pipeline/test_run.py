@@ -1,0 +1,254 @@
+"""Whole runs on a real Ray: from a manifest to tables that other tools read."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import featurex_ray as fx
+from featurex_ray.errors import RequestError, RevisionMismatchError
+from featurex_ray.manifest import build_manifest
+from featurex_ray.media.image import decode_image
+from featurex_ray.media.sampling import Sampling
+from featurex_ray.media.video import ClipRequest, decode_video
+from featurex_ray.models.embed import Embedder
+from featurex_ray.models.registry import resolve
+from featurex_ray.pipeline.run import plan_only
+from featurex_ray.table.verify import verify_table
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def job(manifest: Path | str, output: Path | str, **changes: Any) -> fx.ExtractionJob:
+    plain = {"extractor": "attention_convnet", "extract_actors": "1", "decode_actors": "1"}
+    return fx.ExtractionJob(manifest=str(manifest), output=str(output), **(plain | changes))
+
+
+def embedded_alone(extractor: str, image: Path) -> np.ndarray:
+    resolved = resolve(extractor)
+    frame = decode_image(image.read_bytes(), inputs=[resolved.spec.input]).frames[0]
+    return Embedder(resolved, precision="fp32").embed(frame[None], np.array([1])).feature[0]
+
+
+def test_images_become_a_table_that_other_tools_read(photos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.parquet"
+    build_manifest(str(photos), str(manifest), dataset="photos")
+    report = fx.run(job(manifest, tmp_path / "out", precision="fp32"))
+
+    assert (report.planned, report.failed, report.num_clips) == (12, 0, 12)
+    rows = fx.open_table(str(tmp_path / "out/attention_convnet")).to_arrow().to_pylist()
+    assert [row["sample_id"] for row in rows] == sorted(row["sample_id"] for row in rows)
+    assert {row["label"] for row in rows} == {"even", "odd"}
+    for row in rows:
+        assert row["attention_shape"] == [5, 5]
+        assert sum(row["attention"]) == pytest.approx(1, abs=1e-5)
+        assert row["start_seconds"] is row["frame_pts_seconds"] is None
+        assert row["run_id"] == report.run_id
+        alone = embedded_alone("attention_convnet", photos / row["sample_id"])
+        np.testing.assert_allclose(row["feature"], alone, atol=1e-5)
+
+    glob = str(tmp_path / "out/attention_convnet/**/*.parquet")
+    counted = duckdb.sql(f"SELECT dataset, count(*), typeof(any_value(feature)) FROM '{glob}' GROUP BY ALL")
+    assert counted.fetchall() == [("photos", 12, "FLOAT[]")]
+    assert len(pd.read_parquet(tmp_path / "out/attention_convnet")) == 12
+    assert pl.scan_parquet(glob, hive_partitioning=True).collect()["dataset"].to_list() == ["photos"] * 12
+    (file,) = (tmp_path / "out/attention_convnet/dataset=photos").iterdir()
+    spec = json.loads(pq.read_metadata(file).metadata[b"featurex.extractor"])
+    assert (spec["name"], spec["weights"], spec["precision"]) == ("attention_convnet", "none", "fp32")
+
+
+def test_a_second_run_does_nothing_and_reads_no_media(photos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    build_manifest(str(photos), str(manifest))
+    fx.run(job(manifest, tmp_path / "out"))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/attention_convnet").rglob("*.parquet")}
+    for media in photos.rglob("*.png"):
+        media.unlink()
+    again = fx.run(job(manifest, tmp_path / "out"))
+    assert (again.planned, again.num_units, again.tables[0].skipped) == (0, 0, 12)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_bundled_media_on_s3(bundled_media: Path, s3_root: str) -> None:
+    """Images and videos, good and broken, through S3: every sample in exactly one of the tables."""
+    import fsspec
+
+    fsspec.filesystem("s3").put(f"{bundled_media}/", f"{s3_root}/media/", recursive=True)
+    manifest = f"{s3_root}/m.parquet"
+    build_manifest(f"{s3_root}/media", manifest, dataset="all")
+    report = fx.run(job(manifest, f"{s3_root}/out", sampling="uniform:4", clip_seconds=5.0))
+
+    failures = fx.open_table(f"{s3_root}/out/attention_convnet").failures().to_pylist()
+    assert {row["sample_id"]: row["error"] for row in failures} == {
+        "images/cut-off.jpg": "truncated",
+        "videos/error-page.mp4": "unsupported_container",
+    }
+    assert (report.tables[0].done, report.tables[0].failed) == (15, 2)
+    assert verify_table(f"{s3_root}/out/attention_convnet", manifest=manifest).ok
+    rows = fx.open_table(f"{s3_root}/out/attention_convnet").query(
+        "SELECT clip_index, num_clips, start_seconds, end_seconds, frame_pts_seconds, version FROM features "
+        "WHERE sample_id = 'videos/bikes.mp4' ORDER BY clip_index"
+    )
+    assert rows["clip_index"].to_pylist() == [0, 1]
+    assert rows["num_clips"].to_pylist() == [2, 2]
+    assert rows["start_seconds"].to_pylist() == [0.0, 5.0]
+    assert all(len(pts) == 4 for pts in rows["frame_pts_seconds"].to_pylist())
+    assert None not in rows["version"].to_pylist()
+
+
+def test_cutting_a_video_into_units_changes_no_feature(bundled_media: Path, tmp_path: Path) -> None:
+    """Overlapping windows of 224x224 frames: 150 MB, so several units; and all in one go, without Ray."""
+    video, manifest = bundled_media / "videos" / "bikes.mp4", tmp_path / "m.csv"
+    build_manifest(str(video), str(manifest), dataset="v")
+    name = "tests.pipeline.own:LargeMean"
+    windows = {"sampling": "every:1", "clip_seconds": 1.0, "clip_stride_seconds": 0.25}
+    fx.run(job(manifest, tmp_path / "out", extractor=name, precision="fp32", **windows))
+    staged = (tmp_path / "out/_featurex/tests.pipeline.own-LargeMean/staging").rglob("*.parquet")
+    units = {row["unit_index"] for path in staged for row in pq.read_table(path).to_pylist()}
+    assert units == {0, 1, 2}
+
+    resolved = resolve(name)
+    request = ClipRequest(Sampling.parse("every:1"), clip_seconds=1.0, clip_stride_seconds=0.25)
+    whole = decode_video(video.read_bytes(), request, inputs=[resolved.spec.input], max_unit_bytes=2**30)
+    lengths = np.array([clip.num_frames for clip in whole.clips])
+    alone = Embedder(resolved, precision="fp32").embed(whole.frames[0], lengths).feature
+    rows = fx.open_table(str(tmp_path / "out/tests.pipeline.own-LargeMean")).to_arrow().to_pylist()
+    assert [row["clip_index"] for row in rows] == list(range(len(whole.clips)))
+    np.testing.assert_array_equal(np.array([row["feature"] for row in rows], np.float32), alone)
+    assert [row["frame_pts_seconds"] for row in rows] == [c.frame_pts_seconds.tolist() for c in whole.clips]
+
+
+def test_two_extractors_share_one_decode(photos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    build_manifest(str(photos), str(manifest))
+    names = ("attention_convnet", "torchvision/squeezenet1_1")
+    both = job(manifest, tmp_path / "out", extractor=names, weights=("torchvision/squeezenet1_1=none",))
+    report = fx.run(both)
+    assert report.num_units == 12  # each picture went through once
+    for table, dimension in (("attention_convnet", 84), ("torchvision-squeezenet1_1", 512)):
+        rows = fx.open_table(str(tmp_path / "out" / table)).to_arrow()
+        assert rows.num_rows == 12
+        assert {len(feature) for feature in rows["feature"].to_pylist()} == {dimension}
+    assert fx.run(both).planned == 0
+
+
+def test_inline_media_and_failures_keep_their_neighbours(photos: Path, tmp_path: Path) -> None:
+    pictures = [path.read_bytes() for path in sorted(photos.rglob("*.png"))]
+    pictures[3] = pictures[3][:100]
+    pictures[7] = b""
+    manifest = pa.table(
+        {
+            "sample_id": [f"{i:03d}" for i in range(12)],
+            "data": pictures,
+            "dataset": ["a" if i < 6 else "b" for i in range(12)],
+            "note": [f"note {i}" for i in range(12)],
+        }
+    )
+    pq.write_table(manifest, tmp_path / "m.parquet")
+    report = fx.run(job(tmp_path / "m.parquet", tmp_path / "out", keep_columns=("note",)))
+    assert report.tables[0].failures_by_code == {"truncated": 1, "empty": 1}
+    table = fx.open_table(str(tmp_path / "out/attention_convnet"))
+    assert sorted(table.to_arrow()["note"].to_pylist()) == sorted(
+        f"note {i}" for i in range(12) if i not in (3, 7)
+    )
+    assert sorted(table.failures()["sample_id"].to_pylist()) == ["003", "007"]
+    assert report.failure_rate == pytest.approx(2 / 12)
+
+
+def test_changed_samples_are_done_again_and_new_ones_added(photos: Path, tmp_path: Path) -> None:
+    names = [str(path) for path in sorted(photos.rglob("*.png"))]
+
+    def write(versions: dict[str, str]) -> None:
+        rows = [{"uri": name, "version": version, "dataset": "d"} for name, version in versions.items()]
+        (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    write(dict.fromkeys(names[:6], "1"))
+    fx.run(job(tmp_path / "m.jsonl", tmp_path / "out"))
+    write(dict.fromkeys(names[:6], "1") | {names[0]: "2"} | dict.fromkeys(names[6:8], "1"))
+    assert "new 2, changed 1, done 5" in "\n".join(plan_only(job(tmp_path / "m.jsonl", tmp_path / "out")))
+    second = fx.run(job(tmp_path / "m.jsonl", tmp_path / "out"))
+    assert second.planned == 3
+    rows = fx.open_table(str(tmp_path / "out/attention_convnet")).to_arrow().to_pylist()
+    assert {row["uri"]: row["version"] for row in rows}[names[0]] == "2"
+    assert len(rows) == 8
+    assert verify_table(str(tmp_path / "out/attention_convnet"), manifest=str(tmp_path / "m.jsonl")).ok
+
+
+def test_an_own_extractor(photos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    build_manifest(str(photos), str(manifest))
+    report = fx.run(job(manifest, tmp_path / "out", extractor="tests.pipeline.own:MeanColour"))
+    assert (report.planned, report.failed) == (12, 0)
+    rows = fx.open_table(str(tmp_path / "out/tests.pipeline.own-MeanColour")).to_arrow().to_pylist()
+    assert {len(row["feature"]) for row in rows} == {3}
+    assert all(0.3 < value < 0.7 for row in rows for value in row["feature"])
+
+
+def test_another_revision_fails(photos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    build_manifest(str(photos), str(manifest))
+    first = job(manifest, tmp_path / "out", table="t")
+    fx.run(first)
+    with pytest.raises(RevisionMismatchError, match="sampling"):
+        fx.run(dataclasses.replace(first, sampling="uniform:3"))
+
+
+def test_extractors_with_different_sampling_fail(photos: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    build_manifest(str(photos), str(manifest))
+    names = ("torchvision/mvit_v1_b", "tests.pipeline.own:EveryFifth")
+    with pytest.raises(RequestError, match="give --sampling"):
+        fx.run(job(manifest, tmp_path / "out", extractor=names, weights=("torchvision/mvit_v1_b=none",)))
+    assert not (tmp_path / "out").exists()
+
+
+DRIVER = """
+import sys
+import featurex_ray as fx
+manifest, output = sys.argv[1:]
+fx.run(fx.ExtractionJob(manifest=manifest, output=output, extractor="tests.pipeline.own:SlowMean",
+                        max_samples_per_plan=4, decode_actors="1", extract_actors="1"))
+"""
+
+
+def test_killed_half_way_and_run_again_gives_the_same_rows(photos: Path, tmp_path: Path) -> None:
+    manifest, killed = tmp_path / "m.csv", tmp_path / "killed"
+    build_manifest(str(photos), str(manifest))
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(manifest), str(killed)],
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+    )
+    staging = killed / "_featurex/tests.pipeline.own-SlowMean/staging"
+    deadline = time.monotonic() + 120
+    while not list(staging.rglob("*.parquet")):
+        assert driver.poll() is None, "the driver ended before anything was staged"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+    slow = {"extractor": "tests.pipeline.own:SlowMean", "max_samples_per_plan": 4}
+    resumed = fx.run(job(manifest, killed, **slow))
+    assert resumed.num_units < 12
+    fx.run(job(manifest, tmp_path / "whole", **slow))
+    tables = [
+        fx.open_table(str(root / "tests.pipeline.own-SlowMean")).to_arrow()
+        for root in (killed, tmp_path / "whole")
+    ]
+    columns = ["sample_id", "feature", "media_sha256", "extractor_revision"]
+    first, second = (table.select(columns).sort_by("sample_id") for table in tables)
+    assert first.equals(second)
