@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from featurex_ray.errors import ExtractorError
@@ -112,6 +111,8 @@ class TorchvisionExtractor(nn.Module):
 
 
 def _build(name: str) -> nn.Module:
+    import torchvision  # takes longer to import than torch, and not every extractor needs it
+
     try:
         builder = torchvision.models.get_model_builder(name)
     except ValueError as error:

@@ -220,26 +220,6 @@ class Embedder:
         )
 
 
-def resolve_precision(precision: str) -> str:
-    """What a precision means on this machine; to be asked where the extractor runs.
-
-    Args:
-        precision: "auto", "fp32", "bf16" or "fp16".
-
-    Returns:
-        For "auto": "bf16" where the hardware computes in it (CUDA from compute capability 8.0,
-        CPUs with AMX or AVX512-BF16), else "fp32". Anything else as it is.
-    """
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        fast = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        # torch 2.11 has no public way to ask.
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "fp32"
-
-
 _TORCH_TYPES = {"uint8": torch.uint8, "float32": torch.float32}
 _TOO_LARGE = ("too_large", "the clip doesn't fit into the device's memory; take fewer frames with --sampling")
 

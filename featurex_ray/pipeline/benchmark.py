@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import build_manifest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
-from featurex_ray.models.embed import Embedder, resolve_precision
+from featurex_ray.models.embed import Embedder
+from featurex_ray.models.precision import resolve_precision
 from featurex_ray.models.registry import ResolvedExtractor, resolve
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings
 from featurex_ray.pipeline.extract import frame_array
@@ -127,7 +129,8 @@ def benchmark(
         RequestError: There are no media, or the device or extractor can't be used.
     """
     resolved = resolve(extractor, weights=weights)
-    precision = resolve_precision(precision)
+    gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    precision = resolve_precision(precision, gpu=gpu)
     with tempfile.TemporaryDirectory() as folder:
         manifest = _manifest(media, num_samples, Path(folder))
         some = _planned(manifest, SAMPLES_MEASURED_ALONE)

@@ -18,6 +18,9 @@ SMALL_TASK_CPUS = 0.05
 IMAGES_PER_BLOCK = 64
 INLINE_PER_BLOCK = 1024
 """Media that lie in the manifest are small, so that a block's own cost is what counts."""
+MANY = 1_000_000
+SAMPLES_PER_ACTOR = [(1, 8), (IMAGES_PER_BLOCK, 256), (INLINE_PER_BLOCK, 4096)]
+"""Samples that are worth another actor, by how many samples a block may have."""
 VIDEOS_PER_EXTRACT = {False: 4, True: 16}
 """Video units of an extract call, without and with a GPU: their frames fill device batches."""
 
@@ -29,11 +32,13 @@ class BlockShape:
     """How much work a block carries: little enough to spread and to redo, enough to pay.
 
     Attributes:
+        most_samples: Samples that a slice may have, by the kind of media.
         samples: Samples of a slice of a plan; a decode task's, where nothing is cut.
         units: Units of a decode task after cutting.
         units_per_extract: Units of an extract call, if there are as many.
     """
 
+    most_samples: int
     samples: int
     units: int
     units_per_extract: int
@@ -51,7 +56,21 @@ def block_shape(first: pa.RecordBatch, *, num_samples: int, resources: dict[str,
     spread = math.ceil(num_samples / (4 * max(resources.get("CPU", 1), 1)))
     samples = max(min(most, spread), 1)
     videos = VIDEOS_PER_EXTRACT[resources.get("GPU", 0) >= 1]
-    return BlockShape(samples, 1, videos if most == 1 else max(samples, IMAGES_PER_BLOCK))
+    return BlockShape(most, samples, 1, videos if most == 1 else max(samples, IMAGES_PER_BLOCK))
+
+
+def most_actors(shape: BlockShape, *, num_samples: int, windowed: bool) -> int:
+    """Actors of a pool that are worth their start, which takes seconds of CPU each.
+
+    Args:
+        shape: What kind of samples they are.
+        num_samples: Samples to do.
+        windowed: Whether videos are cut, so that one sample can be work for many.
+    """
+    if windowed:
+        return MANY
+    samples_each = next(each for most, each in SAMPLES_PER_ACTOR if shape.most_samples <= most)
+    return max(num_samples // samples_each, 1)
 
 
 def _most_samples(first: pa.RecordBatch) -> int:
@@ -97,8 +116,16 @@ class Deployment:
     decode: Pool
     extract: Pool
 
+    @property
+    def small_tasks(self) -> int:
+        """Tasks at the same time that read plans, and that stage parts.
 
-def deploy(job: ExtractionJob, resources: dict[str, float], *, num_blocks: int) -> Deployment:
+        They reserve next to no CPU, so without a bound Ray would start a process for each.
+        """
+        return math.ceil(self.decode.size.maximum / 4)
+
+
+def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Deployment:
     """Size the pools.
 
     On a cluster with GPUs each extract actor has its own, and all other CPUs decode. Without
@@ -107,7 +134,7 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, num_blocks: int) 
     Args:
         job: Its bounds win over what the resources suggest.
         resources: As `ray.cluster_resources()` gives them.
-        num_blocks: Blocks of work; a pool has no more actors than that.
+        most: Actors that a pool has at most, where the job sets no bounds.
 
     Raises:
         RequestError: The cluster lacks the CPUs or GPUs that the job's bounds ask for.
@@ -120,31 +147,29 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, num_blocks: int) 
     if gpus_each > num_gpus:
         raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs")
     if gpus_each:
-        return _with_gpus(job, num_cpus, int(num_gpus / gpus_each), gpus_each, num_blocks)
-    return _without_gpus(job, num_cpus, num_blocks)
+        return _with_gpus(job, num_cpus, int(num_gpus / gpus_each), gpus_each, most)
+    return _without_gpus(job, num_cpus, most)
 
 
 def _with_gpus(
-    job: ExtractionJob, num_cpus: int, num_devices: int, gpus_each: float, num_blocks: int
+    job: ExtractionJob, num_cpus: int, num_devices: int, gpus_each: float, most: int
 ) -> Deployment:
-    extract = _bounds(job.extract_actors, num_devices, num_blocks)
+    extract = _bounds(job.extract_actors, num_devices, most)
     cpus_each = min(1.0, num_cpus / (4 * extract.maximum))
     left = max(num_cpus - 1 - round(extract.maximum * cpus_each), 1)
-    decode = _bounds(job.decode_actors, left, num_blocks)
+    decode = _bounds(job.decode_actors, left, most)
     decode_cpus = min(1.0, (num_cpus - extract.maximum * cpus_each) * 0.9 / decode.maximum)
     return Deployment(Pool(decode, decode_cpus, 0.0), Pool(extract, cpus_each, gpus_each))
 
 
-def _without_gpus(job: ExtractionJob, num_cpus: int, num_blocks: int) -> Deployment:
-    decode = _bounds(job.decode_actors, num_cpus, num_blocks)
-    extract = _bounds(job.extract_actors, num_cpus, num_blocks)
+def _without_gpus(job: ExtractionJob, num_cpus: int, most: int) -> Deployment:
+    decode = _bounds(job.decode_actors, num_cpus, most)
+    extract = _bounds(job.extract_actors, num_cpus, most)
     # Half of a CPU at least stays free for Ray's own small tasks (cutting blocks reserves one).
     free = 1.0 if num_cpus > 1 else 0.5
     each = (num_cpus - free) / (decode.maximum + extract.maximum)
     return Deployment(Pool(decode, min(each, 1.0), 0.0), Pool(extract, min(each, 1.0), 0.0))
 
 
-def _bounds(asked: str | None, suggested: int, num_blocks: int) -> PoolSize:
-    size = PoolSize.parse(asked) if asked else PoolSize(1, max(suggested, 1))
-    most = max(min(size.maximum, num_blocks), 1)
-    return PoolSize(min(size.minimum, most), most)
+def _bounds(asked: str | None, suggested: int, most: int) -> PoolSize:
+    return PoolSize.parse(asked) if asked else PoolSize(1, max(min(suggested, most), 1))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataContext, Dataset
+from ray.data import DataContext, Dataset, TaskPoolStrategy
 
 from featurex_ray.errors import RunError
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, cut
@@ -44,9 +44,16 @@ def build_dataset(work: Work) -> Dataset:
         source,
         override_num_blocks=len(work.slices),
         num_cpus=SMALL_TASK_CPUS,
+        concurrency=work.deployment.small_tasks,
     )
     if work.decode.clip_seconds is not None:
-        units = units.map_batches(cut, fn_args=(work.decode,), num_cpus=SMALL_TASK_CPUS, **ARROW)
+        units = units.map_batches(
+            cut,
+            fn_args=(work.decode,),
+            num_cpus=SMALL_TASK_CPUS,
+            compute=TaskPoolStrategy(size=work.deployment.decode.size.maximum),
+            **ARROW,
+        )
         units = units.repartition(target_num_rows_per_block=work.shape.units)
     decoded = units.map_batches(
         DecodeMedia,
@@ -63,7 +70,12 @@ def build_dataset(work: Work) -> Dataset:
         **ARROW | {"batch_size": work.shape.units_per_extract},
     )
     writer = StageParts(work.tables, work.assignments, run_id=work.run_id)
-    staged: Dataset = extracted.map_batches(writer, num_cpus=SMALL_TASK_CPUS, **ARROW)
+    staged: Dataset = extracted.map_batches(
+        writer,
+        num_cpus=SMALL_TASK_CPUS,
+        compute=TaskPoolStrategy(size=work.deployment.small_tasks),
+        **ARROW,
+    )
     return staged
 
 

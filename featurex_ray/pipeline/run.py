@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,10 @@ from featurex_ray.manifest import Manifest, read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
+from featurex_ray.models.precision import resolve_precision
 from featurex_ray.models.registry import ResolvedExtractor, resolve
 from featurex_ray.pipeline.decode import DecodeSettings
-from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, block_shape, deploy
+from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, block_shape, deploy, most_actors
 from featurex_ray.pipeline.execute import Tracker, Work, first_line, run_pipeline
 from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.progress import Progress, Silent
@@ -198,8 +200,12 @@ def _recorded(store: ObjectStore, name: str) -> dict[str, Any]:
         return {}
 
 
+def _hosts() -> set[str]:
+    return {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
+
 def _refuse_local_store_on_many_hosts(store: ObjectStore) -> None:
-    hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    hosts = _hosts()
     if isinstance(store, LocalStore) and len(hosts) > 1:
         raise RequestError(
             f"{store.uri} is a local directory, and the cluster has {len(hosts)} hosts that would each write "
@@ -210,14 +216,10 @@ def _refuse_local_store_on_many_hosts(store: ObjectStore) -> None:
 def _ask_precision(job: ExtractionJob) -> str:
     """What `auto` precision is on the hardware that will extract."""
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
-    ask = ray.remote(num_cpus=0, num_gpus=gpus)(_auto_precision)
-    return str(ray.get(ask.remote()))
-
-
-def _auto_precision() -> str:
-    from featurex_ray.models.embed import resolve_precision
-
-    return resolve_precision("auto")
+    if not gpus and _hosts() == {socket.gethostname()}:
+        return resolve_precision("auto", gpu=False)  # this very CPU; a worker would only take its time
+    ask = ray.remote(num_cpus=0, num_gpus=gpus)(resolve_precision)
+    return str(ray.get(ask.remote("auto", gpu=gpus > 0)))
 
 
 def _facts(request: Request, index: int, name: str, *, precision: str, decoder: str) -> TableFacts:
@@ -341,7 +343,9 @@ def _work(
         part for number, mask in enumerate(todo) for part in slices_of(number, mask, num_rows=shape.samples)
     ]
     inputs = tuple(dict.fromkeys(e.spec.input for e in request.extractors))
-    deployment = deploy(request.job, cluster, num_blocks=len(slices))
+    windowed = request.job.clip_seconds is not None
+    most = most_actors(shape, num_samples=num_samples, windowed=windowed)
+    deployment = deploy(request.job, cluster, most=most)
     decode = DecodeSettings(
         policy=request.policy,
         inputs=inputs,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from featurex_ray.models import embed
-from featurex_ray.models.embed import Embedder, resolve_precision
+from featurex_ray.models.embed import Embedder
 from featurex_ray.models.registry import resolve
 
 KINDS = [
@@ -194,15 +194,6 @@ def test_an_extractor_that_is_not_its_spec_fails(name: str, message: str) -> Non
     made = embedder(f"tests.models.own:{name}")
     with pytest.raises(ValueError, match=message):
         made.embed(random_frames(made, 2)[:1], np.array([1]))
-
-
-def test_resolve_precision() -> None:
-    assert [resolve_precision(p) for p in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
-    flags = Path("/proc/cpuinfo")
-    if torch.cuda.is_available() or not flags.exists():
-        pytest.skip("the CPU's flags tell nothing here")
-    fast = {"amx_bf16", "avx512_bf16"} & set(flags.read_text().split())
-    assert resolve_precision("auto") == ("bf16" if fast else "fp32")
 
 
 def test_threads_are_those_that_were_given() -> None:

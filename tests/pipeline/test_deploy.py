@@ -7,7 +7,7 @@ import pytest
 
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob, PoolSize
-from featurex_ray.pipeline.deploy import IMAGES_PER_BLOCK, Deployment, block_shape, deploy
+from featurex_ray.pipeline.deploy import IMAGES_PER_BLOCK, Deployment, block_shape, deploy, most_actors
 from featurex_ray.schemas import SAMPLE
 
 
@@ -22,33 +22,33 @@ def reserved_cpus(found: Deployment) -> float:
 @pytest.mark.parametrize("num_cpus", [1, 2, 4, 16, 96])
 @pytest.mark.parametrize("num_gpus", [0, 1, 4])
 def test_pools_leave_room_for_small_tasks(num_cpus: int, num_gpus: int) -> None:
-    found = deploy(job(), {"CPU": num_cpus, "GPU": num_gpus}, num_blocks=10_000)
+    found = deploy(job(), {"CPU": num_cpus, "GPU": num_gpus}, most=10_000)
     assert 0 < reserved_cpus(found) < num_cpus
     assert found.extract.size.maximum * found.extract.num_gpus <= num_gpus
 
 
 def test_gpu_cluster_gives_each_extract_actor_a_gpu_and_decode_the_cpus() -> None:
-    found = deploy(job(), {"CPU": 32, "GPU": 4}, num_blocks=10_000)
+    found = deploy(job(), {"CPU": 32, "GPU": 4}, most=10_000)
     assert found.extract.size.maximum == 4
     assert found.extract.num_gpus == 1
     assert found.decode.size.maximum >= 24
 
 
 def test_a_gpu_can_be_shared_or_left_alone() -> None:
-    shared = deploy(job(gpus_per_extract_actor=0.5), {"CPU": 8, "GPU": 1}, num_blocks=100)
+    shared = deploy(job(gpus_per_extract_actor=0.5), {"CPU": 8, "GPU": 1}, most=100)
     assert (shared.extract.size.maximum, shared.extract.num_gpus) == (2, 0.5)
-    unused = deploy(job(gpus_per_extract_actor=0.0), {"CPU": 8, "GPU": 1}, num_blocks=100)
+    unused = deploy(job(gpus_per_extract_actor=0.0), {"CPU": 8, "GPU": 1}, most=100)
     assert unused.extract.num_gpus == 0
 
 
-def test_pools_are_no_larger_than_the_work_or_the_bounds() -> None:
-    assert deploy(job(), {"CPU": 64}, num_blocks=3).decode.size == PoolSize(1, 3)
-    assert deploy(job(decode_actors="2:5"), {"CPU": 64}, num_blocks=99).decode.size == PoolSize(2, 5)
+def test_pools_are_no_larger_than_the_work_is_worth_unless_asked() -> None:
+    assert deploy(job(), {"CPU": 64}, most=3).decode.size == PoolSize(1, 3)
+    assert deploy(job(decode_actors="2:5"), {"CPU": 64}, most=3).decode.size == PoolSize(2, 5)
 
 
 def test_deploy_fails_without_the_gpu_that_was_asked_for() -> None:
     with pytest.raises(RequestError, match="--gpus-per-extract-actor 1, but the cluster has 0 GPUs"):
-        deploy(job(gpus_per_extract_actor=1.0), {"CPU": 8}, num_blocks=1)
+        deploy(job(gpus_per_extract_actor=1.0), {"CPU": 8}, most=1)
 
 
 def samples(**columns: Any) -> pa.RecordBatch:
@@ -66,3 +66,12 @@ def test_blocks_follow_the_media() -> None:
     assert block_shape(videos, num_samples=10_000, resources=two_cpus).samples == 1
     assert block_shape(typed, num_samples=10_000, resources=two_cpus).samples == 1
     assert block_shape(images, num_samples=8, resources=two_cpus).samples == 1
+
+
+def test_an_actor_has_to_be_worth_its_start() -> None:
+    photos = block_shape(samples(uri=["a.jpg"]), num_samples=1000, resources={"CPU": 8.0})
+    films = block_shape(samples(uri=["a.mp4"]), num_samples=100, resources={"CPU": 8.0})
+    assert most_actors(photos, num_samples=100, windowed=False) == 1
+    assert most_actors(photos, num_samples=1000, windowed=False) == 3
+    assert most_actors(films, num_samples=100, windowed=False) == 12
+    assert most_actors(films, num_samples=1, windowed=True) > 1000

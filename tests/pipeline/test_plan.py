@@ -48,9 +48,9 @@ def work(folder: Path, *, clip_seconds: float | None, gpus: float) -> Work:
             decoder="pyav",
         ),
         extract=[ExtractSettings(resolved, 0, "fp32", None, 1, None)],
-        deployment=deploy(job, ray.cluster_resources(), num_blocks=8),
+        deployment=deploy(job, ray.cluster_resources(), most=8),
         run_id="r",
-        shape=BlockShape(2, 1, 4),
+        shape=BlockShape(64, 2, 1, 4),
     )
 
 
