@@ -217,9 +217,14 @@ def _ask_precision(job: ExtractionJob) -> str:
     """What `auto` precision is on the hardware that will extract."""
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
     if not gpus and _hosts() == {socket.gethostname()}:
-        return resolve_precision("auto", gpu=False)  # this very CPU; a worker would only take its time
-    ask = ray.remote(num_cpus=0, num_gpus=gpus)(resolve_precision)
-    return str(ray.get(ask.remote("auto", gpu=gpus > 0)))
+        return auto_precision(False)  # this very CPU; a worker would only take its time
+    ask = ray.remote(num_cpus=0, num_gpus=gpus)(auto_precision)
+    return ray.get(ask.remote(gpus > 0))
+
+
+def auto_precision(gpu: bool) -> str:
+    """`resolve_precision` as a plain function of one argument, for a Ray task."""
+    return resolve_precision("auto", gpu=gpu)
 
 
 def _facts(request: Request, index: int, name: str, *, precision: str, decoder: str) -> TableFacts:

@@ -1,7 +1,5 @@
 """One contract for every extractor, and what the embedder does when something goes wrong."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
