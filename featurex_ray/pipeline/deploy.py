@@ -146,29 +146,36 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Dep
         gpus_each = 1.0 if num_gpus >= 1 else 0.0
     if gpus_each > num_gpus:
         raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs")
+    to_reserve = num_cpus - _spare_cpus(job, num_cpus)
     if gpus_each:
-        return _with_gpus(job, num_cpus, int(num_gpus / gpus_each), gpus_each, most)
-    return _without_gpus(job, num_cpus, most)
+        return _with_gpus(job, to_reserve, int(num_gpus / gpus_each), gpus_each, most)
+    return _without_gpus(job, num_cpus, to_reserve, most)
+
+
+def _spare_cpus(job: ExtractionJob, num_cpus: int) -> float:
+    """CPUs that no actor reserves, so that tasks find room while all actors are there.
+
+    Ray splits the blocks of cut videos in tasks that reserve a whole CPU, which nothing can change;
+    without that CPU the run would wait for ever. All other tasks are small.
+    """
+    return 1.0 if num_cpus > 1 or job.clip_seconds is not None else 0.5
 
 
 def _with_gpus(
-    job: ExtractionJob, num_cpus: int, num_devices: int, gpus_each: float, most: int
+    job: ExtractionJob, to_reserve: float, num_devices: int, gpus_each: float, most: int
 ) -> Deployment:
     extract = _bounds(job.extract_actors, num_devices, most)
-    cpus_each = min(1.0, num_cpus / (4 * extract.maximum))
-    left = max(num_cpus - 1 - round(extract.maximum * cpus_each), 1)
-    decode = _bounds(job.decode_actors, left, most)
-    decode_cpus = min(1.0, (num_cpus - extract.maximum * cpus_each) * 0.9 / decode.maximum)
-    return Deployment(Pool(decode, decode_cpus, 0.0), Pool(extract, cpus_each, gpus_each))
+    cpus_each = min(1.0, to_reserve / (4 * extract.maximum))
+    left = to_reserve - extract.maximum * cpus_each
+    decode = _bounds(job.decode_actors, max(round(left), 1), most)
+    return Deployment(Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each))
 
 
-def _without_gpus(job: ExtractionJob, num_cpus: int, most: int) -> Deployment:
+def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> Deployment:
     decode = _bounds(job.decode_actors, num_cpus, most)
     extract = _bounds(job.extract_actors, num_cpus, most)
-    # Half of a CPU at least stays free for Ray's own small tasks (cutting blocks reserves one).
-    free = 1.0 if num_cpus > 1 else 0.5
-    each = (num_cpus - free) / (decode.maximum + extract.maximum)
-    return Deployment(Pool(decode, min(each, 1.0), 0.0), Pool(extract, min(each, 1.0), 0.0))
+    each = min(to_reserve / (decode.maximum + extract.maximum), 1.0)
+    return Deployment(Pool(decode, each, 0.0), Pool(extract, each, 0.0))
 
 
 def _bounds(asked: str | None, suggested: int, most: int) -> PoolSize:

@@ -23,8 +23,19 @@ def reserved_cpus(found: Deployment) -> float:
 @pytest.mark.parametrize("num_gpus", [0, 1, 4])
 def test_pools_leave_room_for_small_tasks(num_cpus: int, num_gpus: int) -> None:
     found = deploy(job(), {"CPU": num_cpus, "GPU": num_gpus}, most=10_000)
-    assert 0 < reserved_cpus(found) < num_cpus
+    assert 0 < reserved_cpus(found) <= num_cpus - 0.5
     assert found.extract.size.maximum * found.extract.num_gpus <= num_gpus
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 4, 16, 96])
+@pytest.mark.parametrize("num_gpus", [0, 1, 4])
+@pytest.mark.parametrize("decode_actors", [None, "1", "8"])
+def test_cut_videos_leave_a_whole_cpu_to_the_splitting_of_blocks(
+    num_cpus: int, num_gpus: int, decode_actors: str | None
+) -> None:
+    windowed = job(clip_seconds=2.0, decode_actors=decode_actors)
+    found = deploy(windowed, {"CPU": num_cpus, "GPU": num_gpus}, most=10_000)
+    assert reserved_cpus(found) <= num_cpus - 1 + 1e-9
 
 
 def test_gpu_cluster_gives_each_extract_actor_a_gpu_and_decode_the_cpus() -> None:
