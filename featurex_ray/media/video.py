@@ -219,7 +219,8 @@ def decode_video(
     unit = _Unit.of(layout.clips(pyav.timeline), clips)
     _check_bytes(unit.num_frames * sum(spec.frame_bytes for spec in inputs), max_unit_bytes)
     filled: _Filled | None = None
-    if _use_decord(resolve_policy(policy), pyav.header, unit):
+    whole = not breaks_off(data, container)
+    if _use_decord(resolve_policy(policy), pyav.header, unit, whole=whole):
         filled = _try_decord(data, pyav, unit, inputs, num_threads)
     if filled is None:
         try:
@@ -233,7 +234,7 @@ def decode_video(
         frames=filled.frames,
         width=filled.width,
         height=filled.height,
-        complete=filled.intact and pyav.num_errors == 0 and not breaks_off(data, container),
+        complete=filled.intact and pyav.num_errors == 0 and whole,
         decoder=filled.decoder,
         num_decoded=pyav.num_decoded,
     )
@@ -360,17 +361,22 @@ def _open(data: Buffer, *, num_threads: int, max_pixels: int) -> tuple[Container
         raise
 
 
-def _use_decord(policy: DecoderPolicy, header: StreamHeader, unit: _Unit) -> bool:
-    """Where the header promises exact frames and, but for the policy `decord`, reading on pays."""
+def _use_decord(policy: DecoderPolicy, header: StreamHeader, unit: _Unit, *, whole: bool) -> bool:
+    """Where the header promises exact frames and, but for the policy `decord`, reading on pays.
+
+    Never where the file breaks off: decord was seen to end the whole process on opening one.
+    """
     exact = decord_backend.reads_exactly(header)
-    if policy == "decord" and not exact:
-        raise DecodeError(
-            "unsupported_codec",
-            f"decord is not frame-exact on this {header.codec} in {header.container}; 'auto' is",
+    if policy == "decord" and not (exact and whole):
+        flaw = (
+            f"not frame-exact on this {header.codec} in {header.container}"
+            if whole
+            else "not safe on cut-off files"
         )
+        raise DecodeError("unsupported_codec", f"decord is {flaw}; 'auto' is")
     last = max(int(indices[-1]) for _, indices in unit.clips)
     is_dense = 2 * unit.num_frames > last
-    return policy == "decord" or (policy == "decord+pyav" and exact and is_dense)
+    return policy == "decord" or (policy == "decord+pyav" and exact and whole and is_dense)
 
 
 def _try_decord(

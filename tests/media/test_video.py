@@ -270,11 +270,19 @@ def test_damaged_frames_are_not_made_up() -> None:
 def test_cut_off_video_gives_its_readable_part(name: str) -> None:
     data = media(name)[: len(media(name)) * 2 // 3]
     video = decode(data, request())
+    assert video.decoder == "pyav"
     seen = numbers(video)
     assert 10 < len(seen) < 60
     assert seen[:10] == list(range(10))
     if name != "h264.ts":  # a transport stream doesn't say how long it is
         assert not video.complete
+
+
+@needs_decord
+def test_decord_on_a_cut_off_video_fails() -> None:
+    data = media("vp8.webm")
+    with pytest.raises(DecodeError, match="unsupported_codec: decord is not safe on cut-off files"):
+        decode(data[: len(data) * 2 // 3], request(), policy="decord")
 
 
 def test_memoryview_and_mmap_equal_bytes(tmp_path: Path) -> None:
