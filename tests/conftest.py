@@ -9,6 +9,7 @@ import botocore.session
 import pytest
 
 from featurex_ray.demo import server
+from featurex_ray.demo.walkthrough import MEDIA
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -20,6 +21,12 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundled_media() -> Path:
+    """The demo's media: images and videos, two of them broken."""
+    return MEDIA
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurex_ray.demo.walkthrough import MEDIA
-
-
-@pytest.fixture(scope="session")
-def bundled_media() -> Path:
-    """The demo's media: images and videos, two of them broken."""
-    return MEDIA
-
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
