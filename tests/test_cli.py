@@ -84,7 +84,7 @@ def test_a_config_file_gives_options_and_flags_win(manifest: Path, tmp_path: Pat
         ("uri,dataset\na.png,d\n", ["--extractor", "resnet18"], "torchvision/resnet18"),
         ("uri,dataset\na.png,d\n", ["--extractor", "cnn_lstm,rnn=tcn"], "lstm or gru"),
         ("uri,dataset\na.png,d\n", [*BASE, "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
-        ("uri,dataset\na.png,d\n", [*BASE, "--sampling", "often"], "uniform:16"),
+        ("uri,dataset\na.png,d\n", [*BASE, "--sampling", "often"], "uniform:N"),
         ("uri,dataset\na.png,d\n", [*BASE, "--decode-actors", "9:1"], "MIN <= MAX"),
         ("uri,dataset\na.png,d\n", [], "--extractor"),
     ],

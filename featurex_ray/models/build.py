@@ -69,10 +69,11 @@ def check_shapes(spec: ExtractorSpec, found: Shapes, *, name: str) -> None:
     wanted = {key: tuple(tensor.shape) for key, tensor in target.state_dict().items()}
     kept = {key: found[key] for key in found if not _is_dropped(key, spec)}
     problems = [
+        # What is shown first tells most: a shape says which other network it is.
+        *(f"{k} is {kept[k]}, not {wanted[k]}" for k in wanted if k in kept and kept[k] != wanted[k]),
         # BatchNorm's counter may be missing: older files lack it, and no feature needs it.
         *(f"{k} is missing" for k in wanted if k not in kept and not k.endswith(".num_batches_tracked")),
         *(f"{k} is not part of it" for k in kept if k not in wanted),
-        *(f"{k} is {kept[k]}, not {wanted[k]}" for k in wanted if k in kept and kept[k] != wanted[k]),
     ]
     if problems:
         rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

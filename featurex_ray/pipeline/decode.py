@@ -18,7 +18,7 @@ from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.sniff import Buffer, sniff
 from featurex_ray.media.video import ClipRequest, cut_units, decode_video, plan_clips
-from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, to_table
+from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, peak_bytes, to_table
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
 
 
@@ -162,7 +162,8 @@ class DecodeMedia:
         media = fetch_media([row for row in rows if not row.get("error")], self._fetcher)
         with self._decoding:
             decoded = [self._decode(row, media) for row in rows]
-        return to_table(decoded, self._schema)
+        peak = peak_bytes()
+        return to_table([row | {"decode_peak_bytes": peak} for row in decoded], self._schema)
 
     def _decode(self, row: dict[str, Any], media: dict[Any, Media]) -> dict[str, Any]:
         if row.get("error"):

@@ -11,7 +11,7 @@ import pyarrow as pa
 from featurex_ray.errors import ExtractError
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.models.registry import ResolvedExtractor
-from featurex_ray.pipeline.units import COSTS, CUT, MEDIA, error_struct, extracted_schema
+from featurex_ray.pipeline.units import COSTS, CUT, MEDIA, error_struct, extracted_schema, peak_bytes
 
 if TYPE_CHECKING:
     from featurex_ray.models.embed import Embedder, Features
@@ -63,8 +63,8 @@ class ExtractFeatures:
             for s, embedder in zip(self._settings, self._embedders, strict=True)
         ]
         seconds = (time.perf_counter() - start) / max(len(units), 1)
-        columns = [*kept.columns, *results, pa.repeat(pa.scalar(seconds, pa.float64()), len(units))]
-        return pa.table(columns, schema=self._schema)
+        costs = [pa.repeat(pa.scalar(cost), len(units)) for cost in (seconds, peak_bytes())]
+        return pa.table([*kept.columns, *results, *costs], schema=self._schema)
 
     def _extract(self, units: pa.Table, settings: ExtractSettings, embedder: "Embedder") -> pa.Array:
         rows = _UnitRows.read(units, settings)

@@ -91,8 +91,7 @@ class Lines:
             self.say(self._counts.line())
 
     def end(self) -> None:
-        """Print where it ended."""
-        self.say(self._counts.line())
+        """Nothing: the report that follows says where it ended."""
 
 
 class Bar:

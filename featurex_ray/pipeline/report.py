@@ -1,7 +1,6 @@
 """The run report: what a run did, in numbers; printed at its end and kept beside the table."""
 
 import importlib.metadata
-import resource
 import sys
 import time
 from collections import Counter
@@ -12,7 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurex_ray.pipeline.units import peak_bytes
+
 STAGES = ("fetch", "decode", "extract", "write")
+POOLS = ("decode", "extract")
 PACKAGES = [
     "featurex-ray",
     "ray",
@@ -59,7 +61,12 @@ class TableReport:
 
 @dataclass
 class RunReport:
-    """What one run did: counts, rates, failures by code."""
+    """What one run did: counts, rates, failures by code.
+
+    Attributes:
+        stage_seconds: Seconds of all workers together, by stage.
+        peak_bytes: The most memory of the largest process of each pool, and of the driver.
+    """
 
     run_id: str
     job: dict[str, Any]
@@ -72,8 +79,7 @@ class RunReport:
     num_frames: int = 0
     fetched_bytes: int = 0
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    driver_peak_bytes: int = 0
-    workers: dict[str, Any] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(POOLS, 0))
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -99,12 +105,14 @@ class RunReport:
         self.fetched_bytes += pc.sum(staged["fetched_bytes"]).as_py() or 0
         for stage in STAGES:
             self.stage_seconds[stage] += pc.sum(staged[f"{stage}_seconds"]).as_py() or 0.0
+        for pool in POOLS:
+            peak = pc.max(staged[f"{pool}_peak_bytes"]).as_py() or 0
+            self.peak_bytes[pool] = max(self.peak_bytes[pool], peak)
 
     def close(self, started: float) -> None:
         """Note how long the run took and what the driver needed."""
         self.seconds = round(time.monotonic() - started, 3)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.driver_peak_bytes = peak if sys.platform == "darwin" else peak * 1024
+        self.peak_bytes["driver"] = peak_bytes()
 
     def rates(self) -> dict[str, float]:
         """Clips a second: over the whole run, and a worker's in each stage."""
@@ -173,11 +181,12 @@ def _weights(weights: Any) -> str:
 def _rate_lines(report: RunReport) -> list[str]:
     rates = report.rates()
     stages = ", ".join(f"{s} {report.stage_seconds[s]:.1f} s" for s in STAGES)
+    peaks = ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in report.peak_bytes.items())
     return [
         f"  {_plural(report.num_clips, 'clip')} ({_plural(report.num_frames, 'frame')}, "
         f"{report.fetched_bytes / 1e6:.1f} MB fetched), {rates['run']:.1f} clips/s",
-        f"  worker seconds: {stages}; {report.startup_seconds:.1f} s until the first clip; "
-        f"driver peak {report.driver_peak_bytes / 2**20:.0f} MiB",
+        f"  worker seconds: {stages}; {report.startup_seconds:.1f} s until the first clip",
+        f"  peak memory of a process: {peaks}",
     ]
 
 

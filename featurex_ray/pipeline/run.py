@@ -287,7 +287,8 @@ def _plan(
         summary.planned += planned
         summary.skipped = max(request.manifest.num_samples - summary.planned, 0)
         if planned:
-            progress.say(f"{table.facts.name}: {planned:,} samples to do, in {len(plans)} plans")
+            in_plans = f"{len(plans)} plan{'' if len(plans) == 1 else 's'}"
+            progress.say(f"{table.facts.name}: {planned:,} samples to do, in {in_plans}")
     return [Assignment(plans) for plans in together.values()]
 
 

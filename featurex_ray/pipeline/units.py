@@ -5,6 +5,8 @@ is cut where windows are asked for, gains frames in decoding, trades them for re
 extraction, and is unnested by the writer. Each stage adds columns; none drops a row.
 """
 
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +72,12 @@ COSTS = [
     pa.field("fetched_bytes", pa.int64()),
     pa.field("fetch_seconds", pa.float64()),
     pa.field("decode_seconds", pa.float64()),
+    pa.field("decode_peak_bytes", pa.int64()),  # of the actor so far, shared memory included
+]
+
+EXTRACT_COSTS = [
+    pa.field("extract_seconds", pa.float64()),
+    pa.field("extract_peak_bytes", pa.int64()),
 ]
 
 RESULT = pa.struct(
@@ -92,7 +100,7 @@ def decoded_schema(num_inputs: int) -> pa.Schema:
 def extracted_schema(num_extractors: int) -> pa.Schema:
     """Units after extraction: frames are gone, `result_<k>` is there for extractor k."""
     results = [pa.field(f"result_{k}", RESULT) for k in range(num_extractors)]
-    return pa.schema([*CUT, *MEDIA, *COSTS, *results, pa.field("extract_seconds", pa.float64())])
+    return pa.schema([*CUT, *MEDIA, *COSTS, *results, *EXTRACT_COSTS])
 
 
 STAGED = pa.schema(
@@ -105,11 +113,17 @@ STAGED = pa.schema(
         pa.field("num_frames", pa.int32()),
         pa.field("error_codes", pa.list_(pa.string())),  # one per extractor; null where it went well
         *COSTS,
-        pa.field("extract_seconds", pa.float64()),
+        *EXTRACT_COSTS,
         pa.field("write_seconds", pa.float64()),
     ]
 )
 """What the writer tells the driver of each unit once its rows are staged."""
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far, with the shared memory that it touched."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def error_struct(error: SampleError) -> dict[str, Any]:

@@ -220,7 +220,7 @@ import sys
 import featurex_ray as fx
 manifest, output = sys.argv[1:]
 fx.run(fx.ExtractionJob(manifest=manifest, output=output, extractor="tests.pipeline.own:SlowMean",
-                        max_samples_per_plan=4, decode_actors="1", extract_actors="1"))
+                        precision="fp32", max_samples_per_plan=4, decode_actors="1", extract_actors="1"))
 """
 
 
@@ -241,7 +241,7 @@ def test_killed_half_way_and_run_again_gives_the_same_rows(photos: Path, tmp_pat
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
 
-    slow = {"extractor": "tests.pipeline.own:SlowMean", "max_samples_per_plan": 4}
+    slow = {"extractor": "tests.pipeline.own:SlowMean", "precision": "fp32", "max_samples_per_plan": 4}
     resumed = fx.run(job(manifest, killed, **slow))
     assert resumed.num_units < 12
     fx.run(job(manifest, tmp_path / "whole", **slow))
