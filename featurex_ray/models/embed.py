@@ -290,7 +290,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """Cut rows into batches; the last one is padded with copies of its last row.
 
-    Padded to the next eighth of a batch: a device sees eight shapes at most, and wastes little.
+    Padded to the next eighth of a batch, below that to the next power of two: a device sees few
+    shapes, and little is computed for nothing.
 
     Yields:
         How many rows are real, and the padded rows.
@@ -298,7 +299,7 @@ def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     step = max(1, batch // 8)
     for start in range(0, len(index), batch):
         rows = index[start : start + batch]
-        padding = -len(rows) % step
+        padding = -len(rows) % min(step, 1 << (len(rows) - 1).bit_length())
         yield len(rows), np.concatenate([rows, np.repeat(rows[-1:], padding, axis=0)])
 
 
