@@ -152,6 +152,9 @@ def cli() -> None:
     Start with `featurex demo`, then `featurex manifest` and `featurex extract`.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # So that `my_module:MyExtractor` is found where one works; last, so that it hides no package.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
 
 
 @cli.command()

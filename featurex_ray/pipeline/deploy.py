@@ -15,12 +15,29 @@ SMALL_TASK_CPUS = 0.05
 """Reading plans and staging parts wait for the store; they reserve next to nothing."""
 
 
-IMAGES_PER_BLOCK = 64
-INLINE_PER_BLOCK = 1024
-"""Media that lie in the manifest are small, so that a block's own cost is what counts."""
+@dataclass(frozen=True)
+class MediaKind:
+    """What suits a kind of media.
+
+    Attributes:
+        per_block: Samples of a block at most. A block costs the driver some milliseconds.
+        per_decode: Samples that are fetched at the same time, then decoded.
+        per_actor: Samples that are worth an actor's start, which takes seconds of CPU.
+    """
+
+    per_block: int
+    per_decode: int
+    per_actor: int
+
+
+VIDEOS = MediaKind(per_block=16, per_decode=1, per_actor=8)
+IMAGES = MediaKind(per_block=256, per_decode=64, per_actor=256)
+INLINE = MediaKind(per_block=1024, per_decode=1024, per_actor=4096)
+"""Media that lie in the manifest are small."""
+
+BLOCKS_PER_CPU = 8
+"""At least, where there are samples enough: the last blocks of a run must not leave CPUs idle."""
 MANY = 1_000_000
-SAMPLES_PER_ACTOR = [(1, 8), (IMAGES_PER_BLOCK, 256), (INLINE_PER_BLOCK, 4096)]
-"""Samples that are worth another actor, by how many samples a block may have."""
 VIDEOS_PER_EXTRACT = {False: 4, True: 16}
 """Video units of an extract call, without and with a GPU: their frames fill device batches."""
 
@@ -32,35 +49,42 @@ class BlockShape:
     """How much work a block carries: little enough to spread and to redo, enough to pay.
 
     Attributes:
-        most_samples: Samples that a slice may have, by the kind of media.
+        kind: The media.
         samples: Samples of a slice of a plan; a decode task's, where nothing is cut.
+        samples_per_decode: Samples of a decode call, of which a task makes several.
         units: Units of a decode task after cutting.
         units_per_extract: Units of an extract call, if there are as many.
     """
 
-    most_samples: int
+    kind: MediaKind
     samples: int
+    samples_per_decode: int
     units: int
     units_per_extract: int
 
 
-def block_shape(first: pa.RecordBatch, *, num_samples: int, resources: dict[str, float]) -> BlockShape:
+def block_shape(
+    first: pa.RecordBatch, *, num_samples: int, windowed: bool, resources: dict[str, float]
+) -> BlockShape:
     """Choose the blocks' size. It changes no result, only how work spreads.
 
     Args:
         first: Some of the manifest's samples; they tell of what kind the others are.
         num_samples: Samples to do.
+        windowed: Whether videos are cut; one of them is then a block's work.
         resources: As `ray.cluster_resources()` gives them.
     """
-    most = _most_samples(first)
-    spread = math.ceil(num_samples / (4 * max(resources.get("CPU", 1), 1)))
-    samples = max(min(most, spread), 1)
+    kind = _kind(first)
+    spread = math.ceil(num_samples / (BLOCKS_PER_CPU * max(resources.get("CPU", 1), 1)))
+    samples = 1 if windowed and kind is VIDEOS else max(min(kind.per_block, spread), 1)
+    per_decode = min(kind.per_decode, samples)
     videos = VIDEOS_PER_EXTRACT[resources.get("GPU", 0) >= 1]
-    return BlockShape(most, samples, 1, videos if most == 1 else max(samples, IMAGES_PER_BLOCK))
+    per_extract = videos if kind is VIDEOS else max(per_decode, IMAGES.per_decode)
+    return BlockShape(kind, samples, per_decode, units=1, units_per_extract=per_extract)
 
 
 def most_actors(shape: BlockShape, *, num_samples: int, windowed: bool) -> int:
-    """Actors of a pool that are worth their start, which takes seconds of CPU each.
+    """Actors of a pool that are worth their start.
 
     Args:
         shape: What kind of samples they are.
@@ -69,16 +93,15 @@ def most_actors(shape: BlockShape, *, num_samples: int, windowed: bool) -> int:
     """
     if windowed:
         return MANY
-    samples_each = next(each for most, each in SAMPLES_PER_ACTOR if shape.most_samples <= most)
-    return max(num_samples // samples_each, 1)
+    return max(num_samples // shape.kind.per_actor, 1)
 
 
-def _most_samples(first: pa.RecordBatch) -> int:
+def _kind(first: pa.RecordBatch) -> MediaKind:
     if first["data_file"].null_count < len(first):
-        return INLINE_PER_BLOCK
+        return INLINE
     by_name = pc.match_substring_regex(first["uri"], _VIDEO_NAME)
     is_video = pc.if_else(pc.is_valid(first["media_type"]), pc.equal(first["media_type"], "video"), by_name)
-    return 1 if pc.mean(pc.cast(is_video, pa.float64())).as_py() > 0.1 else IMAGES_PER_BLOCK
+    return VIDEOS if pc.mean(pc.cast(is_video, pa.float64())).as_py() > 0.1 else IMAGES
 
 
 @dataclass(frozen=True)

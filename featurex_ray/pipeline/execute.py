@@ -46,7 +46,8 @@ def build_dataset(work: Work) -> Dataset:
         num_cpus=SMALL_TASK_CPUS,
         concurrency=work.deployment.small_tasks,
     )
-    if work.decode.clip_seconds is not None:
+    is_cut = work.decode.clip_seconds is not None
+    if is_cut:
         units = units.map_batches(
             cut,
             fn_args=(work.decode,),
@@ -60,7 +61,7 @@ def build_dataset(work: Work) -> Dataset:
         fn_constructor_args=(work.decode,),
         compute=work.deployment.decode.strategy(threads=FETCHING_THREADS),
         **work.deployment.decode.options(),
-        **ARROW,
+        **ARROW | {"batch_size": work.shape.units if is_cut else work.shape.samples_per_decode},
     )
     extracted = decoded.map_batches(
         ExtractFeatures,

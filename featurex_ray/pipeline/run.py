@@ -314,7 +314,8 @@ def _execute(
         report.count(staged)
         samples, whole = tracker.add(staged)
         failed = sum(any(codes) for codes in staged["error_codes"].to_pylist())
-        progress.advance(samples=samples, clips=len(staged), failed=failed)
+        clips = pc.sum(staged["num_unit_clips"]).as_py() or 0
+        progress.advance(samples=samples, clips=clips, failed=failed)
         for number in whole:
             publisher.submit(number)
     progress.end()
@@ -344,12 +345,12 @@ def _work(
     num_samples = sum(int(mask.sum()) for mask in todo)
     cluster = ray.cluster_resources()
     first = next(request.manifest.batches())
-    shape = block_shape(first, num_samples=num_samples, resources=cluster)
+    windowed = request.job.clip_seconds is not None
+    shape = block_shape(first, num_samples=num_samples, windowed=windowed, resources=cluster)
     slices = [
         part for number, mask in enumerate(todo) for part in slices_of(number, mask, num_rows=shape.samples)
     ]
     inputs = tuple(dict.fromkeys(e.spec.input for e in request.extractors))
-    windowed = request.job.clip_seconds is not None
     most = most_actors(shape, num_samples=num_samples, windowed=windowed)
     deployment = deploy(request.job, cluster, most=most)
     decode = DecodeSettings(

@@ -7,7 +7,7 @@ import pytest
 
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob, PoolSize
-from featurex_ray.pipeline.deploy import IMAGES_PER_BLOCK, Deployment, block_shape, deploy, most_actors
+from featurex_ray.pipeline.deploy import IMAGES, INLINE, VIDEOS, Deployment, block_shape, deploy, most_actors
 from featurex_ray.schemas import SAMPLE
 
 
@@ -73,15 +73,18 @@ def test_blocks_follow_the_media() -> None:
     videos = samples(uri=["a.mp4", "b.MKV"])
     typed = samples(uri=["a", "b"], media_type=["video", "video"])
     two_cpus = {"CPU": 2.0}
-    assert block_shape(images, num_samples=10_000, resources=two_cpus).samples == IMAGES_PER_BLOCK
-    assert block_shape(videos, num_samples=10_000, resources=two_cpus).samples == 1
-    assert block_shape(typed, num_samples=10_000, resources=two_cpus).samples == 1
-    assert block_shape(images, num_samples=8, resources=two_cpus).samples == 1
+    inline = samples(data_file=["m.parquet"], data_row=[0])
+    for batch, kind in ((images, IMAGES), (videos, VIDEOS), (typed, VIDEOS), (inline, INLINE)):
+        many = block_shape(batch, num_samples=100_000, windowed=False, resources=two_cpus)
+        assert (many.kind, many.samples, many.samples_per_decode) == (kind, kind.per_block, kind.per_decode)
+        few = block_shape(batch, num_samples=8, windowed=False, resources=two_cpus)
+        assert (few.samples, few.samples_per_decode) == (1, 1)
+    assert block_shape(videos, num_samples=100_000, windowed=True, resources=two_cpus).samples == 1
 
 
 def test_an_actor_has_to_be_worth_its_start() -> None:
-    photos = block_shape(samples(uri=["a.jpg"]), num_samples=1000, resources={"CPU": 8.0})
-    films = block_shape(samples(uri=["a.mp4"]), num_samples=100, resources={"CPU": 8.0})
+    photos = block_shape(samples(uri=["a.jpg"]), num_samples=1000, windowed=False, resources={"CPU": 8.0})
+    films = block_shape(samples(uri=["a.mp4"]), num_samples=100, windowed=False, resources={"CPU": 8.0})
     assert most_actors(photos, num_samples=100, windowed=False) == 1
     assert most_actors(photos, num_samples=1000, windowed=False) == 3
     assert most_actors(films, num_samples=100, windowed=False) == 12

@@ -12,7 +12,7 @@ from featurex_ray.job import ExtractionJob
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.models.registry import resolve
 from featurex_ray.pipeline.decode import DecodeSettings
-from featurex_ray.pipeline.deploy import BlockShape, deploy
+from featurex_ray.pipeline.deploy import IMAGES, BlockShape, deploy
 from featurex_ray.pipeline.execute import Work, build_dataset
 from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.source import Assignment, slices_of
@@ -50,7 +50,7 @@ def work(folder: Path, *, clip_seconds: float | None, gpus: float) -> Work:
         extract=[ExtractSettings(resolved, 0, "fp32", None, 1, None)],
         deployment=deploy(job, ray.cluster_resources(), most=8),
         run_id="r",
-        shape=BlockShape(64, 2, 1, 4),
+        shape=BlockShape(IMAGES, samples=2, samples_per_decode=2, units=1, units_per_extract=4),
     )
 
 
