@@ -186,7 +186,7 @@ def test_other_shapes_fail(convnet: Path) -> None:
     del tensors["fc2.bias"]
     safetensors.numpy.save_file(tensors, convnet)
     with pytest.raises(
-        WeightsError, match=r"fc2.bias is missing; extra is not part of it; fc1.weight is \(120, 256\), not"
+        WeightsError, match=r"fc1.weight is \(120, 256\), not \(120, 400\); fc2.bias is missing; extra is not"
     ):
         resolve("attention_convnet", weights=str(convnet))
 
