@@ -21,6 +21,8 @@ SAMPLE = pa.schema(
         # Where inline `data` lies: a Parquet file and the row in it. Plans never copy media.
         pa.field("data_file", pa.string()),
         pa.field("data_row", pa.int64()),
+        # Which day's manifest a backfill took it from; null elsewhere.
+        pa.field("backfill_day", pa.date32()),
     ]
 )
 """A manifest row, normalised. Carried columns (`label`, `--keep-columns`) follow, as they are."""

@@ -109,6 +109,7 @@ def to_samples(block: Block, *, dataset: str | None, carried: pa.Schema) -> pa.R
         block.text("version"),
         pc.if_else(has_data, block.file.uri, pa.scalar(None, pa.string())),
         pc.if_else(has_data, numbers, pa.scalar(None, pa.int64())),
+        pa.nulls(len(uri), pa.date32()),
         *(carry(block.column(wanted.name), wanted.type) for wanted in carried),
     ]
     return pa.RecordBatch.from_arrays(

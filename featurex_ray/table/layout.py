@@ -9,6 +9,8 @@ from featurex_ray.table.store import PRIVATE
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Dataset values and table names, so that keys need no escaping and show the value itself."""
 
+_PART = re.compile(r"dataset=(?P<dataset>[^/]+)/(?P<number>\d{10})/[^/]+")
+
 _NUMBERED = re.compile(r"dataset=(?P<dataset>[^/]+)/(?P<number>\d{10})\.[a-z]+")
 
 
@@ -59,6 +61,21 @@ class Keys:
         """The prefix of the done records."""
         return f"{self.private}done/"
 
+    @property
+    def parts(self) -> str:
+        """The prefix of all plans' parts."""
+        return f"{self.private}staging/"
+
+    @property
+    def leases(self) -> str:
+        """The prefix of the leases."""
+        return f"{self.private}leases/"
+
+    @property
+    def beats(self) -> str:
+        """The prefix of the counters of runs that hold leases."""
+        return f"{self.private}beats/"
+
     def feature_object(self, dataset: str, number: int) -> str:
         """A public feature object; `number` is that of the plan that created it."""
         return f"{self.features}dataset={dataset}/{number:010d}.parquet"
@@ -77,11 +94,15 @@ class Keys:
 
     def staging(self, dataset: str, number: int) -> str:
         """The prefix of a plan's parts."""
-        return f"{self.private}staging/dataset={dataset}/{number:010d}/"
+        return f"{self.parts}dataset={dataset}/{number:010d}/"
 
     def lease(self, dataset: str, number: int) -> str:
         """A plan's lease."""
-        return f"{self.private}leases/dataset={dataset}/{number:010d}.json"
+        return f"{self.leases}dataset={dataset}/{number:010d}.json"
+
+    def beat(self, run_id: str) -> str:
+        """The counter of a run that holds leases."""
+        return f"{self.beats}{run_id}.json"
 
     def report(self, run_id: str) -> str:
         """A run's report."""
@@ -91,4 +112,10 @@ class Keys:
 def numbered(key: str, prefix: str) -> tuple[str, int] | None:
     """(dataset, plan number) of a key below a prefix, or None where it isn't of that form."""
     match = _NUMBERED.fullmatch(key, len(prefix)) if key.startswith(prefix) else None
+    return (match["dataset"], int(match["number"])) if match else None
+
+
+def part_place(key: str, prefix: str) -> tuple[str, int] | None:
+    """(dataset, plan number) of a staged part below `Keys.parts`, or None where it isn't of that form."""
+    match = _PART.fullmatch(key, len(prefix))
     return (match["dataset"], int(match["number"])) if match else None

@@ -1,17 +1,30 @@
-"""A counter per plan that moves while somebody works on it. It saves work, and decides nothing."""
+"""Who works on which plan. It saves work, and decides nothing: a plan done twice is published once.
 
+A plan's lease names the run that works on it; a counter of that run moves as long as it lives. So a
+run with thousands of plans moves one counter, and whoever waits for it watches one.
+"""
+
+import contextlib
 import json
+import logging
 import os
 import socket
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 
+from featurex_ray.errors import FeaturexError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.plan import Plan
-from featurex_ray.table.store import ObjectStore
+from featurex_ray.table.store import ObjectStore, UnsettledWriteError
 
 STILL_SECONDS = 30.0
-"""A counter that stood still this long, by one's own monotonic clock, may be taken over."""
+"""A counter that stood still this long, by one's own monotonic clock: its plans may be taken over."""
+
+BEAT_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,13 +35,11 @@ class Lease:
         owner: The run.
         host: Its host.
         pid: Its driver's process there.
-        counter: Moves with every beat.
     """
 
     owner: str
-    host: str
-    pid: int
-    counter: int
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
 
     @property
     def is_dead(self) -> bool:
@@ -46,36 +57,96 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def beat(store: ObjectStore, facts: TableFacts, plan: Plan, owner: str) -> Lease:
-    """Moves the plan's counter in the name of `owner`."""
-    held = read_lease(store, facts, plan)
-    lease = Lease(owner, socket.gethostname(), os.getpid(), held.counter + 1 if held else 1)
-    store.put(facts.keys.lease(plan.dataset, plan.number), json.dumps(asdict(lease)).encode())
-    return lease
+class Leases:
+    """The leases of one run on the plans of one table, and its watch over those of others.
 
+    Args:
+        store: Where the table lies.
+        facts: The table's.
+        owner: The run.
+    """
 
-def read_lease(store: ObjectStore, facts: TableFacts, plan: Plan) -> Lease | None:
-    """The plan's lease, or None if nobody ever held it."""
-    try:
-        return Lease(**json.loads(store.read(facts.keys.lease(plan.dataset, plan.number))[0]))
-    except FileNotFoundError:
-        return None
+    def __init__(self, store: ObjectStore, facts: TableFacts, owner: str) -> None:
+        self._store, self._facts = store, facts
+        self._mine = Lease(owner)
+        self._held: dict[str, tuple[Lease, str]] = {}  # what was read of others' leases, with its ETag
+        self._counters: dict[str, tuple[int, float]] = {}  # of other runs, and since when
+        self._beats = 0
 
+    def claim(self, plan: Plan) -> bool:
+        """Whether this run may work on the plan from now on: nobody else does, or nobody else lives.
 
-class LeaseWatch:
-    """Watches other runs' leases by this process's monotonic clock."""
-
-    def __init__(self, owner: str) -> None:
-        self._owner = owner
-        self._seen: dict[tuple[str, int], tuple[Lease, float]] = {}
-
-    def is_free(self, plan: Plan, lease: Lease | None) -> bool:
-        """Whether this run may work on the plan: nobody else's counter moves."""
-        if lease is None or lease.owner == self._owner or lease.is_dead:
+        Of several runs that claim at the same time one is told so.
+        """
+        key = self._facts.keys.lease(plan.dataset, plan.number)
+        if key not in self._held and self._create(key):
             return True
-        place = (plan.dataset, plan.number)
-        seen, since = self._seen.get(place, (None, 0.0))
-        if seen != lease:
-            self._seen[place] = (lease, time.monotonic())
+        held = self._held.get(key) or self._read(key)
+        if held is None:
+            return False  # collected, so the plan is done
+        lease, etag = held
+        if lease.owner == self._mine.owner:
+            return True
+        if not self._is_free(lease):
+            return False
+        del self._held[key]  # whoever takes it over first, it is another's or ours from now on
+        with contextlib.suppress(UnsettledWriteError):
+            self._store.replace(key, self._body, etag=etag)
+            return True
+        return False
+
+    def beat(self) -> None:
+        """Moves this run's counter."""
+        self._beats += 1
+        self._store.put(self._facts.keys.beat(self._mine.owner), str(self._beats).encode())
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Moves the counter in the background, until the end."""
+        over = threading.Event()
+        heart = threading.Thread(target=self._beat_until, args=(over,), daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            over.set()
+            heart.join()
+
+    def _beat_until(self, over: threading.Event) -> None:
+        while not over.wait(BEAT_SECONDS):
+            try:
+                self.beat()
+            except FeaturexError as error:
+                logger.warning("other runs may do this run's plans as well: %s", error)
+                return
+
+    @property
+    def _body(self) -> bytes:
+        return json.dumps(asdict(self._mine)).encode()
+
+    def _create(self, key: str) -> bool:
+        with contextlib.suppress(UnsettledWriteError):
+            self._store.create(key, self._body)
+            return True
+        return False
+
+    def _read(self, key: str) -> tuple[Lease, str] | None:
+        try:
+            body, etag = self._store.read(key)
+        except FileNotFoundError:
+            return None
+        self._held[key] = Lease(**json.loads(body)), etag
+        return self._held[key]
+
+    def _is_free(self, lease: Lease) -> bool:
+        if lease.is_dead:
+            return True
+        try:
+            counter = int(self._store.read(self._facts.keys.beat(lease.owner))[0])
+        except FileNotFoundError:
+            counter = 0
+        seen, since = self._counters.get(lease.owner, (None, 0.0))
+        if seen != counter:
+            self._counters[lease.owner] = counter, time.monotonic()
             return False
         return time.monotonic() - since >= STILL_SECONDS

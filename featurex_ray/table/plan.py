@@ -39,6 +39,9 @@ BUFFERED_ROWS = 1_000_000
 OWN_TARGET = -1
 """The target of samples that get a new object, named after their plan."""
 
+NO_DAY = -(2**31)
+"""The day of samples that no backfill planned: before all days."""
+
 PLAN_FACTS = b"featurex.plan"
 
 Kind = Literal["new", "changed", "prune"]
@@ -303,31 +306,47 @@ class IdIndex:
         return rows
 
 
+def last_of_each(hashes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each hash once, with the highest of its numbers.
+
+    Args:
+        hashes: (N, 2) uint64.
+        numbers: (N,) int32, the plans that name them.
+    """
+    order = np.lexsort((numbers, hashes[:, 1], hashes[:, 0]))
+    hashes, numbers = hashes[order], numbers[order]
+    last = np.append((hashes[1:] != hashes[:-1]).any(axis=1), True)[: len(hashes)]
+    return hashes[last], numbers[last]
+
+
 class _Chunk:
     """Consecutive manifest rows, and what the log says of each."""
 
     def __init__(
-        self, datasets: list[str], dataset: np.ndarray, version: np.ndarray, ids: np.ndarray
+        self, datasets: list[str], dataset: np.ndarray, version: np.ndarray, day: np.ndarray, ids: np.ndarray
     ) -> None:
         self.datasets = datasets
         self.dataset = dataset
         self.version = version
+        self.day = day
         self.index = IdIndex(ids)
         self.state = np.full(len(dataset), State.NEW, np.uint8)
         self.last_plan = np.full(len(dataset), -1, np.int32)
         self.target = np.full(len(dataset), OWN_TARGET, np.int32)
         self.planned_version = np.zeros(len(dataset), np.uint64)
+        self.planned_day = np.full(len(dataset), NO_DAY, np.int32)
 
     def record_plan(self, plan: Plan, state: State, file: pq.ParquetFile) -> bool:
         """Notes what a plan says of these rows; whether it names any of them."""
         named = False
-        for batch in file.iter_batches(columns=["sample_id", "version"]):
+        for batch in file.iter_batches(columns=["sample_id", "version", "backfill_day"]):
             rows = self.index.find(hash_ids(plan.dataset, batch["sample_id"]))
             hit = rows >= 0
             self.state[rows[hit]] = state
             self.last_plan[rows[hit]] = plan.number
             self.target[rows[hit]] = plan.target
             self.planned_version[rows[hit]] = hash_versions(batch["version"])[hit]
+            self.planned_day[rows[hit]] = _days(batch["backfill_day"])[hit]
             named = named or bool(hit.any())
         return named
 
@@ -340,13 +359,22 @@ class _Chunk:
             self.state[rows] = State.FAILED
 
     def record_versions(self, ours: np.ndarray, open_targets: list[int]) -> None:
-        """Notes which rows changed since they were planned; null in the manifest is never a change."""
+        """Notes which rows changed since they were planned.
+
+        Null in the manifest is never a change, nor is what a backfill says of a day that is older
+        than the one that the sample was planned from.
+        """
         differs = ours & (self.version != 0) & (self.version != self.planned_version)
+        differs &= (self.day == NO_DAY) | (self.day >= self.planned_day)
         self.state[differs & (self.state == State.FAILED)] = State.REVISED
         self.state[differs & (self.state == State.DONE)] = State.CHANGED
         blocked = ours & (self.state == State.CHANGED) & np.isin(self.target, open_targets)
         self.state[blocked] = State.BLOCKED
         self.target[ours & ~np.isin(self.state, (State.CHANGED, State.BLOCKED))] = OWN_TARGET
+
+    def forget(self) -> None:
+        """Frees what only the comparison needs."""
+        del self.index, self.version, self.planned_version, self.day, self.planned_day, self.dataset
 
 
 @dataclass(frozen=True)
@@ -391,7 +419,7 @@ def compare(store: ObjectStore, facts: TableFacts, samples: Samples) -> Comparis
             counts.update({(dataset, State(state)): n for state, n in _count(chunk.state[ours])})
             todo = chunk.target[ours & np.isin(chunk.state, TO_DO)]
             to_do.update({(dataset, target): n for target, n in _count(todo)})
-        del chunk.index, chunk.version, chunk.planned_version, chunk.dataset
+        chunk.forget()
         chunks.append(chunk)
     return Comparison(
         log,
@@ -420,7 +448,7 @@ def _count(values: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _chunks(batches: Iterable[pa.RecordBatch]) -> Iterator[_Chunk]:
     names: dict[str, int] = {}
-    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    held: list[tuple[np.ndarray, ...]] = []
     num_rows = 0
     for batch in batches:
         held.append(_hashed(batch, names))
@@ -432,8 +460,8 @@ def _chunks(batches: Iterable[pa.RecordBatch]) -> Iterator[_Chunk]:
         yield _Chunk(list(names), *(np.concatenate(column) for column in zip(*held, strict=True)))
 
 
-def _hashed(batch: pa.RecordBatch, names: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(dataset code, version hash, id hashes) of a batch; new datasets get the next code."""
+def _hashed(batch: pa.RecordBatch, names: dict[str, int]) -> tuple[np.ndarray, ...]:
+    """(dataset code, version hash, day, id hashes) of a batch; new datasets get the next code."""
     codes = np.zeros(batch.num_rows, np.int32)
     ids = np.zeros((batch.num_rows, 2), np.uint64)
     for dataset in pc.unique(batch["dataset"]).to_pylist():
@@ -441,7 +469,13 @@ def _hashed(batch: pa.RecordBatch, names: dict[str, int]) -> tuple[np.ndarray, n
         mask = ours.to_numpy(zero_copy_only=False)
         codes[mask] = names.setdefault(dataset, len(names))
         ids[mask] = hash_ids(dataset, batch["sample_id"].filter(ours))
-    return codes, hash_versions(batch["version"]), ids
+    return codes, hash_versions(batch["version"]), _days(batch["backfill_day"]), ids
+
+
+def _days(column: pa.Array) -> np.ndarray:
+    """(N,) int32 days since 1970; null is `NO_DAY`."""
+    days: np.ndarray = pc.fill_null(column.cast(pa.int32()), NO_DAY).to_numpy(zero_copy_only=False)
+    return days
 
 
 def _compare_dataset(
@@ -470,26 +504,45 @@ def _compare_dataset(
 
 
 def make_plans(
-    store: ObjectStore, facts: TableFacts, samples: Samples, *, run_id: str, max_samples_per_plan: int
+    store: ObjectStore,
+    facts: TableFacts,
+    samples: Samples,
+    *,
+    run_id: str,
+    max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN,
+    most_samples: int | None = None,
 ) -> list[Plan]:
     """Plans what is to do, and returns the open plans that matter to the samples, whoever made them.
 
     What another run planned at the same time is left to its plan. Call again once the returned
     plans are done, until none is returned: then every sample is held at its version.
 
+    Args:
+        store: Where the table lies.
+        facts: The table's.
+        samples: The manifest's.
+        run_id: The run that plans.
+        max_samples_per_plan: Of plans that make a new object.
+        most_samples: Stop planning once open plans hold so many samples, all if None.
+
     Raises:
         ManifestError: A sample occurs twice.
     """
     seen = compare(store, facts, samples)
-    made = {(plan.dataset, plan.number): plan for plan in seen.open_plans}
-    rivals = _Rivals()
-    for group, rows in _groups(facts, seen, samples, max_samples_per_plan):
-        plans = _create(store, facts, seen.log, rivals, group, rows, run_id)
-        made |= {(plan.dataset, plan.number): plan for plan in plans}
-    return [made[place] for place in sorted(made)]
+    planner = Planner(store, facts, seen.log, run_id=run_id, mattering=seen.open_plans)
+    for (dataset, target), rows in _groups(facts, seen, samples, max_samples_per_plan):
+        left = rows.num_rows if most_samples is None else most_samples - planner.num_samples
+        if left <= 0:
+            break
+        if target == OWN_TARGET:
+            planner.create(dataset, target, rows.slice(0, left), kind="new")
+        else:
+            planner.create(dataset, target, rows, kind="changed")
+    return planner.plans
 
 
-_FAILED_IN = "failed_in"
+FAILED_IN = "failed_in"
+"""The column that travels with rows to plan: the plan whose failure object holds the row, or -1."""
 
 
 def _groups(
@@ -531,7 +584,7 @@ def _rows_to_do(
         start += batch.num_rows
         state, target = seen.state[part], seen.target[part]
         failed_in = np.where(state == State.REVISED, seen.last_plan[part], -1)
-        rows = facts.conform(batch).append_column(_FAILED_IN, pa.array(failed_in))
+        rows = facts.conform(batch).append_column(FAILED_IN, pa.array(failed_in))
         chosen = rows.append_column("target", pa.array(target)).filter(pa.array(np.isin(state, TO_DO)))
         for group in (
             pa.Table.from_batches([chosen]).group_by(["dataset", "target"]).aggregate([]).to_pylist()
@@ -566,36 +619,66 @@ class _Rivals:
         return rows.filter(pa.array(ours)), takers
 
 
-def _create(
-    store: ObjectStore,
-    facts: TableFacts,
-    log: Log,
-    rivals: _Rivals,
-    group: tuple[str, int],
-    rows: pa.Table,
-    run_id: str,
-) -> list[Plan]:
-    """Creates the next entry of the log; who loses reads the winner's and plans what it left.
+class Planner:
+    """Creates entries of the log, and knows those that other runs created in the meantime.
 
-    Invariant: entry n is only asked for when all before it have been compared with its rows.
-
-    Returns:
-        The plans that these rows ended up in, this run's and those that came first.
+    Args:
+        store: Where the table lies.
+        facts: The table's.
+        log: As it was when the rows to plan were chosen.
+        run_id: The run that plans.
+        mattering: Open plans that matter to the rows already.
     """
-    dataset, target = group
-    rows = rows.sort_by("sample_id")
-    _check_unique(rows["sample_id"].combine_chunks())
-    while True:
-        ours, takers = rivals.left(dataset, target, rows)
-        if not ours.num_rows:
-            return takers
-        plan = _next_plan(log, dataset, target, ours, run_id)
-        ensure(store, facts.keys.plan(dataset, plan.number), _encode(plan, ours.drop_columns([_FAILED_IN])))
-        log.plans.setdefault(dataset, []).append(plan.number)
-        with open_plan(store, facts, dataset, plan.number) as (winner, file):
+
+    def __init__(
+        self, store: ObjectStore, facts: TableFacts, log: Log, *, run_id: str, mattering: Iterable[Plan]
+    ) -> None:
+        self._store, self._facts, self._log, self._run_id = store, facts, log, run_id
+        self._rivals = _Rivals()
+        self._made = {(plan.dataset, plan.number): plan for plan in mattering}
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans that the rows are in by now, this run's and those that came first."""
+        return [self._made[place] for place in sorted(self._made)]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all these plans."""
+        return sum(plan.num_samples for plan in self._made.values())
+
+    def create(self, dataset: str, target: int, rows: pa.Table, *, kind: Kind) -> None:
+        """Creates the next entry of the log; who loses reads the winner's and plans what it left.
+
+        Invariant: entry n is only asked for when all before it have been compared with its rows.
+
+        Args:
+            dataset: Of all rows.
+            target: The object to change, or `OWN_TARGET`.
+            rows: In `sample_schema`, and `FAILED_IN`.
+            kind: What the plan does.
+        """
+        rows = rows.sort_by("sample_id")
+        _check_unique(rows["sample_id"].combine_chunks())
+        while True:
+            ours, takers = self._rivals.left(dataset, target, rows)
+            self._made |= {(taker.dataset, taker.number): taker for taker in takers}
+            if not ours.num_rows:
+                return
+            plan = _next_plan(self._log, dataset, target, ours, kind, self._run_id)
+            if self._wins(plan, ours):
+                self._made[dataset, plan.number] = plan
+                return
+
+    def _wins(self, plan: Plan, rows: pa.Table) -> bool:
+        key = self._facts.keys.plan(plan.dataset, plan.number)
+        ensure(self._store, key, _encode(plan, rows.drop_columns([FAILED_IN])))
+        self._log.plans.setdefault(plan.dataset, []).append(plan.number)
+        with open_plan(self._store, self._facts, plan.dataset, plan.number) as (winner, file):
             if winner.token == plan.token:
-                return [*takers, plan]
-            rivals.add(winner, file)
+                return True
+            self._rivals.add(winner, file)
+        return False
 
 
 def _check_unique(ids: pa.Array) -> None:
@@ -606,14 +689,14 @@ def _check_unique(ids: pa.Array) -> None:
             raise ManifestError(f"sample {name!r} occurs more than once in its dataset")
 
 
-def _next_plan(log: Log, dataset: str, target: int, rows: pa.Table, run_id: str) -> Plan:
+def _next_plan(log: Log, dataset: str, target: int, rows: pa.Table, kind: Kind, run_id: str) -> Plan:
     number = log.next_number(dataset)
-    failed_in = pc.unique(rows[_FAILED_IN]).to_pylist()
+    failed_in = pc.unique(rows[FAILED_IN]).to_pylist()
     return Plan(
         dataset=dataset,
         number=number,
         target=number if target == OWN_TARGET else target,
-        kind="new" if target == OWN_TARGET else "changed",
+        kind=kind,
         num_samples=rows.num_rows,
         samples_hash=hash_samples(dataset, rows["sample_id"]),
         failed_in=tuple(sorted(older for older in failed_in if older >= 0)),

@@ -331,8 +331,8 @@ def finish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published | Non
     with _open_target(store, facts, plan) as target:
         if target is None or target.last_plan < plan.number:
             return None
-        if target.last_plan > plan.number:  # a later plan was made only because this one is done
-            return read_done(store, facts, plan)
+        if target.last_plan > plan.number:
+            return _done_before(store, facts, plan)
         held = pc.is_in(ids, _sample_ids(target.file))
         num_rows, etag = target.file.metadata.num_rows, target.etag
     failed = ids.filter(pc.invert(held)) if plan.kind != "prune" else ids.slice(0, 0)
@@ -345,6 +345,32 @@ def finish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published | Non
     done = Published(key, etag, num_rows, len(ids) - len(failed), len(failed), plan.run_id)
     ensure(store, facts.keys.done_record(plan.dataset, plan.number), json.dumps(asdict(done)).encode())
     return done
+
+
+def _done_before(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published:
+    """The done record of a plan whose target a later one changed: it was made only because this is done."""
+    done = read_done(store, facts, plan)
+    if done is None:
+        missing = facts.keys.done_record(plan.dataset, plan.number)
+        raise TableDamagedError(f"{store.uri}/{missing} is missing, but a later plan changed the same object")
+    return done
+
+
+def finish_if_published(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published | None:
+    """`finish`, while others may complete the plan and collect its parts.
+
+    Raises:
+        TableDamagedError: An object that the plan needs is missing, and nobody completed it.
+    """
+    try:
+        return finish(store, facts, plan)
+    except (FileNotFoundError, TableDamagedError) as error:
+        done = read_done(store, facts, plan)  # who misses a part checks `done` first
+        if done is None:
+            raise TableDamagedError(
+                f"plan {plan.plan_id} of {plan.dataset} can't be completed: {error}"
+            ) from error
+        return done
 
 
 def _sample_ids(file: pq.ParquetFile) -> pa.Array:

@@ -93,6 +93,15 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was begun and never ended; `started` is by the store's clock."""
+
+    key: str
+    upload_id: str
+    started: datetime
+
+
+@dataclass(frozen=True)
 class Opened:
     """One generation of an object, open for ranged reads; a later one never shows through."""
 
@@ -157,6 +166,12 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Deletes an object below `_featurex/`; nothing public is ever deleted."""
+
+    def uploads(self, prefix: str) -> Iterator[Upload]:
+        """The multipart uploads below a prefix that are neither completed nor aborted."""
+
+    def abort(self, upload: Upload) -> None:
+        """Gives up an upload. It never became an object, and never will."""
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """A folder for files on their way into the store, removed at the end."""
@@ -312,8 +327,7 @@ class LocalStore(_Observed):
     def list(self, prefix: str) -> Iterator[Listed]:
         """The objects below a prefix, in order of their keys."""
         with self._local_point("list", prefix):
-            folder = self.root / prefix.rpartition("/")[0]
-            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            paths = sorted(_files_below(self.root / prefix.rpartition("/")[0]))
         for path in paths:
             key = path.relative_to(self.root).as_posix()
             if key.startswith(prefix):
@@ -354,8 +368,19 @@ class LocalStore(_Observed):
     def delete(self, key: str) -> None:
         """Deletes a private object."""
         _check_private(key)
+        path = self.root / key
         with self._local_point("delete", key):
-            (self.root / key).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if key.startswith(f"{PRIVATE}tmp/"):  # a killed writer's folder, which holds nothing else
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+
+    def uploads(self, prefix: str) -> Iterator[Upload]:  # noqa: ARG002
+        """None: what becomes a file here is written in one go."""
+        return iter(())
+
+    def abort(self, upload: Upload) -> None:
+        """Nothing: there are no uploads."""
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -415,6 +440,17 @@ class LocalStore(_Observed):
             raise RequestError(f"{self.root}: no permission to {operation} {key}: {error}") from error
         except OSError as error:
             raise StoreUnavailableError(f"{self.root}: can't {operation} {key}: {error}") from error
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file; a folder that is removed in the meantime has none, but one that can't be read fails."""
+    for place, _, names in os.walk(folder, onerror=_unless_missing):
+        yield from (Path(place, name) for name in names)
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _etag(status: os.stat_result) -> str:
@@ -535,6 +571,27 @@ class S3Store(_Observed):
         """Deletes a private object."""
         _check_private(key)
         self._retried("delete", key, lambda s3: s3.delete_object(**self._at(key)))
+
+    def uploads(self, prefix: str) -> Iterator[Upload]:
+        """The multipart uploads below a prefix that were begun and not ended."""
+        place = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
+        more: dict[str, str] = {}
+        while True:
+            page = self._retried("uploads", prefix, functools.partial(_upload_page, **place, **more))
+            for item in page.get("Uploads", []):
+                if item["Key"].startswith(self._key(prefix)):  # some servers ignore the prefix
+                    yield Upload(item["Key"][len(self._key("")) :], item["UploadId"], item["Initiated"])
+            if not page.get("IsTruncated"):
+                return
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort(self, upload: Upload) -> None:
+        """Gives up an upload; one that is gone already is as good."""
+        where = self._at(upload.key) | {"UploadId": upload.upload_id}
+        try:
+            self._once("abort", upload.key, lambda s3: s3.abort_multipart_upload(**where))
+        except (_TransientError, FileNotFoundError):
+            return  # another collection will find it again, or nobody will
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -681,6 +738,10 @@ def _upload_part(s3: Any, *, at: dict[str, Any], chunk: bytes) -> str:
 
 def _list_page(s3: Any, **where: Any) -> Any:
     return s3.list_objects_v2(**where)
+
+
+def _upload_page(s3: Any, **where: Any) -> Any:
+    return s3.list_multipart_uploads(**where)
 
 
 def _total_bytes(response: Any) -> int:

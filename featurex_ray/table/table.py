@@ -1,11 +1,12 @@
 """A feature table as its writers see it; `read.py` is for readers.
 
-The protocol's steps have a module each: `facts` and `probe` (1), `plan` (2), `staging` (3),
-`publish` (4 and 5). This class only holds them together.
+The protocol's steps have a module each: `facts` and `probe` (1), `plan`, `prune` and `retry` (2),
+`staging` (3), `publish` (4 and 5), `collect` (6). This class only holds them together.
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,15 @@ import pyarrow as pa
 
 from featurex_ray.errors import TableNotFoundError
 from featurex_ray.table import facts as table_facts
-from featurex_ray.table import lease, publish, staging
 from featurex_ray.table import plan as log
+from featurex_ray.table import prune, publish, retry, staging
+from featurex_ray.table.collect import collect
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.lease import Lease
+from featurex_ray.table.layout import numbered
+from featurex_ray.table.lease import Leases
 from featurex_ray.table.plan import MAX_SAMPLES_PER_PLAN, Plan, Samples, Work
 from featurex_ray.table.publish import Published
+from featurex_ray.table.retry import Allowed, Failed
 from featurex_ray.table.staging import PartInfo
 from featurex_ray.table.store import ObjectStore
 
@@ -67,7 +71,12 @@ class FeatureTable:
         return log.compare(self.store, self.facts, samples).work
 
     def plan(
-        self, samples: Samples, *, run_id: str, max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN
+        self,
+        samples: Samples,
+        *,
+        run_id: str,
+        max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN,
+        most_samples: int | None = None,
     ) -> list[Plan]:
         """Plans what is to do; every open plan that matters to the samples, whoever made it.
 
@@ -79,7 +88,42 @@ class FeatureTable:
             TableDamagedError: The log or a done plan's object is damaged.
         """
         return log.make_plans(
-            self.store, self.facts, samples, run_id=run_id, max_samples_per_plan=max_samples_per_plan
+            self.store,
+            self.facts,
+            samples,
+            run_id=run_id,
+            max_samples_per_plan=max_samples_per_plan,
+            most_samples=most_samples,
+        )
+
+    def num_gone(self, samples: Samples) -> int:
+        """Samples of the manifest's datasets that it doesn't name any more; writes nothing."""
+        return prune.find_gone(self.store, self.facts, samples).num_samples
+
+    def plan_prune(self, samples: Samples, *, run_id: str) -> list[Plan]:
+        """Plans to remove what left the manifest; call again once they are done, until none comes."""
+        return prune.plan_prune(self.store, self.facts, samples, run_id=run_id)
+
+    def failed(self, *, codes: Sequence[str] = (), dataset: str | None = None) -> Failed:
+        """The samples that failed, of some codes or all; writes nothing."""
+        return retry.find_failed(self.store, self.facts, codes=codes, dataset=dataset)
+
+    def plan_retry(
+        self,
+        failed: Failed,
+        *,
+        allowed: Allowed,
+        run_id: str,
+        max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN,
+    ) -> list[Plan]:
+        """Plans failed samples again, less those that this run may not read."""
+        return retry.plan_retry(
+            self.store,
+            self.facts,
+            failed,
+            allowed=allowed,
+            run_id=run_id,
+            max_samples_per_plan=max_samples_per_plan,
         )
 
     def read_plan(self, plan: Plan, rows: range | None = None) -> pa.Table:
@@ -130,18 +174,23 @@ class FeatureTable:
                     with log.open_plan(self.store, self.facts, dataset, number) as (plan, _):
                         yield plan
 
+    def done_plans(self) -> set[tuple[str, int]]:
+        """(dataset, number) of every plan that is done."""
+        prefix = self.facts.keys.done
+        return {place for item in self.store.list(prefix) if (place := numbered(item.key, prefix))}
+
     def finish_published(self) -> list[Published]:
         """Completes the plans that are published and not done, whoever left them so."""
-        finished = (publish.finish(self.store, self.facts, plan) for plan in self.open_plans())
+        finished = (publish.finish_if_published(self.store, self.facts, plan) for plan in self.open_plans())
         return [done for done in finished if done is not None]
 
-    def beat(self, plan: Plan, owner: str) -> Lease:
-        """Tells other runs that `owner` works on the plan."""
-        return lease.beat(self.store, self.facts, plan, owner)
+    def leases(self, owner: str) -> Leases:
+        """By which a run tells others what it works on, and sees what they do."""
+        return Leases(self.store, self.facts, owner)
 
-    def lease(self, plan: Plan) -> Lease | None:
-        """Who works on the plan; `LeaseWatch` says whether to wait for them."""
-        return lease.read_lease(self.store, self.facts, plan)
+    def collect(self) -> Counter[str]:
+        """Deletes what nobody needs any more, if it is older than a day; how many of what."""
+        return collect(self.store, self.facts)
 
     def save_report(self, run_id: str, report: dict[str, Any]) -> str:
         """Writes a run's report; its key."""

@@ -17,6 +17,7 @@ from featurex_ray.errors import TableDamagedError
 from featurex_ray.manifest import read_manifest
 from featurex_ray.storage import ReadPolicy
 from featurex_ray.table.facts import TableFacts
+from featurex_ray.table.layout import numbered, part_place
 from featurex_ray.table.plan import (
     IdIndex,
     Log,
@@ -24,15 +25,17 @@ from featurex_ray.table.plan import (
     Samples,
     hash_ids,
     hash_samples,
+    last_of_each,
     open_parquet,
     open_plan,
     read_log,
 )
-from featurex_ray.table.publish import WholeSamples
+from featurex_ray.table.publish import WholeSamples, read_done
 from featurex_ray.table.read import open_table
-from featurex_ray.table.store import ObjectStore
+from featurex_ray.table.store import LocalStore, ObjectStore
 
 MAX_EXAMPLES = 5
+MAX_PASSES = 3
 
 
 @dataclass
@@ -101,8 +104,16 @@ def verify(store: ObjectStore, facts: TableFacts, samples: Samples | None = None
         facts: What it is.
         samples: A manifest's samples, which must all be there.
     """
+    for _ in range(MAX_PASSES):
+        log = read_log(store, facts)
+        report = _verify(store, facts, log, samples)
+        if report.ok or log == read_log(store, facts):
+            break  # else somebody wrote in the meantime: what was read were two states
+    return report
+
+
+def _verify(store: ObjectStore, facts: TableFacts, log: Log, samples: Samples | None) -> VerifyReport:
     report = VerifyReport()
-    log = read_log(store, facts)
     places = {dataset for dataset, _ in log.public} | set(log.plans) | set(log.failures)
     accounts = {dataset: _Accounts(store, facts, log, dataset, report) for dataset in sorted(places)}
     for account in accounts.values():
@@ -111,8 +122,24 @@ def verify(store: ObjectStore, facts: TableFacts, samples: Samples | None = None
         account.check_samples()
     for batch in samples() if samples else ():
         _check_manifest(batch, accounts, report)
+    _check_orphans(store, facts, log, report)
     report.checked["datasets"] = len(accounts)
     return report
+
+
+def _check_orphans(store: ObjectStore, facts: TableFacts, log: Log, report: VerifyReport) -> None:
+    """Nothing lies where readers or runs look that no plan explains."""
+    planned = {(dataset, number) for dataset, numbers in log.plans.items() for number in numbers}
+    for prefix in (facts.keys.features, facts.keys.failures):
+        keys = [item.key for item in store.list(prefix) if item.key.endswith(".parquet")]
+        strange = [key for key in keys if numbered(key, prefix) is None]
+        report.note("Parquet files among the table's that no plan explains", strange)
+    report.note("done records that no plan explains", sorted(map(str, log.done - planned)))
+    report.checked["done records"] += len(log.done)
+    for item in store.list(facts.keys.parts):
+        report.checked["staged parts"] += 1
+        if part_place(item.key, facts.keys.parts) not in planned:
+            report.note("staged parts that no plan explains", [item.key])
 
 
 def _check_manifest(batch: pa.RecordBatch, accounts: dict[str, "_Accounts"], report: VerifyReport) -> None:
@@ -134,7 +161,7 @@ class _Accounts:
         self._plans: list[Plan] = []
         hashes = [self._check_plan(number) for number in log.plans.get(dataset, ())]
         numbers = np.repeat(np.arange(len(hashes), dtype=np.int32), [len(rows) for rows in hashes])
-        unique, self._last_plan = _last_of_each(
+        unique, self._last_plan = last_of_each(
             np.concatenate([np.zeros((0, 2), np.uint64), *hashes]), numbers
         )
         self._index = IdIndex(unique)
@@ -173,10 +200,29 @@ class _Accounts:
             if number not in targets:
                 self._report.note("feature objects that no plan explains", [key])
             try:
-                with open_parquet(self._store, key) as (file, _):
+                with open_parquet(self._store, key) as (file, etag):
+                    self._check_marks(file, number, key, etag)
                     self._check_rows(file, number, key)
             except TableDamagedError as error:
                 self._report.note("damaged feature objects", [str(error)])
+
+    def _check_marks(self, file: pq.ParquetFile, number: int, key: str, etag: str) -> None:
+        """The object says what made it, and is what that plan's done record says."""
+        marks = file.metadata.metadata or {}
+        last = int(marks.get(b"featurex.last_plan", -1))
+        known = 0 <= last < len(self._plans) and self._plans[last].target == number
+        if not known or marks.get(b"featurex.revision") != self._facts.revision.encode():
+            self._report.note("feature objects that this table's plans didn't make", [key])
+        elif self._is_done(self._plans[last]):
+            done = read_done(self._store, self._facts, self._plans[last])
+            if done is None or done.num_rows != file.metadata.num_rows or not self._same(done.etag, etag):
+                self._report.note("feature objects that were edited since they were published", [key])
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two ETags are of one content; a copied disk has other inodes, but keeps times and sizes."""
+        if isinstance(self._store, LocalStore):
+            return one.split("-")[1:] == other.split("-")[1:]
+        return one == other
 
     def _check_rows(self, file: pq.ParquetFile, number: int, key: str) -> None:
         order = WholeSamples()
@@ -240,7 +286,7 @@ class _Accounts:
         self._note("pruned samples that are still there", done & pruned & (found > 0))
         self._note("samples in both tables", done & (features > 0) & (failures > 0))
         self._note("samples in several objects", (features > 1) | (failures > 1))
-        self._note("samples of open plans that are in neither table yet", ~done & (found == 0))
+        self._note("samples of open plans that are in neither table yet", ~done & ~pruned & (found == 0))
         self._report.checked["samples with features"] += int(np.count_nonzero(features))
         self._report.checked["failed samples"] += int(np.count_nonzero((failures > 0) & (features == 0)))
 
@@ -263,11 +309,3 @@ class _Accounts:
 
     def _key(self, plan: Plan) -> str:
         return self._facts.keys.plan(plan.dataset, plan.number)
-
-
-def _last_of_each(hashes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each hash once, with the highest of its numbers."""
-    order = np.lexsort((numbers, hashes[:, 1], hashes[:, 0]))
-    hashes, numbers = hashes[order], numbers[order]
-    last = np.append((hashes[1:] != hashes[:-1]).any(axis=1), True)[: len(hashes)]
-    return hashes[last], numbers[last]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +31,7 @@ class World:
     datasets: tuple[str, ...] = ("d",)
     version: str | None = None
     failing: frozenset[str] = frozenset()
+    day: date | None = None
 
     def samples(self) -> Iterator[pa.RecordBatch]:
         """In an order that is not that of the ids."""
@@ -40,6 +42,7 @@ class World:
                 "uri": f"u/{name}",
                 "version": self.version,
                 "label": name[-1],
+                "backfill_day": self.day,
             }
             for dataset in self.datasets
             for name in reversed([f"s{i:04d}" for i in range(self.num_samples)])

@@ -2,6 +2,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 
 import pyarrow as pa
 import pytest
@@ -292,3 +293,48 @@ def test_deleted_object_fails(local_table: FeatureTable) -> None:
         TableDamagedError, match=r"0000000000\.parquet is missing, but plan 0000000000 is done"
     ):
         local_table.plan(World().samples, run_id="r")
+
+
+def test_deleted_done_record_fails(local_table: FeatureTable) -> None:
+    """Where only it could say what came of a plan; else the object says it, and the record is made again."""
+    run(local_table, World(version="1"), per_plan=12)
+    record = local_table.facts.keys.done_record("d", 0)
+    local_table.store.delete(record)
+    assert run(local_table, World(version="1"), per_plan=12) == 0
+    run(local_table, World(version="2"), per_plan=12)
+    local_table.store.delete(record)
+    with pytest.raises(TableDamagedError, match=f"{record} is missing, but a later plan changed"):
+        local_table.finish_published()
+
+
+def test_backfilled_days(local_table: FeatureTable) -> None:
+    """A sample that was planned from a later day is no work for an earlier one, whatever its version."""
+
+    def day(number: int, version: str) -> World:
+        return World(num_samples=4, version=version, day=date(2026, 1, number))
+
+    run(local_table, day(2, "two"))
+    assert run(local_table, day(1, "one")) == 0
+    assert run(local_table, day(2, "two")) == 0
+    assert run(local_table, day(3, "two")) == 0
+    assert run(local_table, day(3, "three")) == 1
+    assert run(local_table, World(num_samples=4, version="four")) == 1  # an extract has no day
+    assert run(local_table, day(1, "one")) == 1
+    assert content(local_table) == World(num_samples=4).expected()
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 7, 100])
+def test_most_samples(local_table: FeatureTable, most: int) -> None:
+    """So many are planned at most, and open plans count."""
+    world = World(num_samples=12)
+    open_samples = local_table.plan(world.samples, run_id="r", max_samples_per_plan=3, most_samples=1)
+    assert [plan.num_samples for plan in open_samples] == [1]
+    plans = local_table.plan(world.samples, run_id="r", max_samples_per_plan=3, most_samples=most)
+    assert sum(plan.num_samples for plan in plans) == min(max(most, 1), 12)
+
+
+def test_most_samples_and_changed_ones(local_table: FeatureTable) -> None:
+    """One object is one plan, however many samples of it changed."""
+    run(local_table, World(num_samples=6, version="1"), per_plan=6)
+    plans = local_table.plan(World(num_samples=6, version="2").samples, run_id="r", most_samples=2)
+    assert [plan.num_samples for plan in plans] == [6]

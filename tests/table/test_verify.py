@@ -1,5 +1,6 @@
 """`verify` finds what was done to a table by hand."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from featurex_ray.table import FeatureTable
 from featurex_ray.table.verify import verify, verify_table
-from tests.table.conftest import World, run, stage
+from tests.table.conftest import World, observed, run, stage
 
 WORLD = World(num_samples=8, datasets=("a", "b"), failing=frozenset({"s0001"}))
 FIRST = "t/dataset=a/0000000000.parquet"
@@ -46,6 +47,8 @@ def test_verify(table: FeatureTable) -> None:
         "failure rows": 2,
         "samples with features": 14,
         "failed samples": 2,
+        "done records": 4,
+        "staged parts": 6,
         "manifest samples": 16,
         "datasets": 2,
     }
@@ -63,7 +66,10 @@ def test_verify_table(folder: Path, tmp_path: Path) -> None:
 def test_lost_sample(local_table: FeatureTable, folder: Path) -> None:
     edit(folder / FIRST, lambda rows: rows.filter(pc.not_equal(rows["sample_id"], "s0005")))
     report = verify(local_table.store, local_table.facts)
-    assert report.examples == {"planned samples in neither table": ["a/s0005"]}
+    assert report.examples == {
+        "feature objects that were edited since they were published": [FIRST],
+        "planned samples in neither table": ["a/s0005"],
+    }
     assert report.lines()[-1] == "the accounting does NOT hold"
 
 
@@ -71,6 +77,7 @@ def test_doubled_sample(local_table: FeatureTable, folder: Path) -> None:
     (folder / "t/dataset=a/0000000002.parquet").write_bytes((folder / FIRST).read_bytes())
     assert problems(local_table) == {
         "feature objects that no plan explains": 1,
+        "feature objects that this table's plans didn't make": 1,
         "rows where the log says that none should be": 5,
         "samples in several objects": 5,
     }
@@ -119,6 +126,7 @@ def test_values(local_table: FeatureTable, folder: Path) -> None:
 
     edit(folder / FIRST, spoil)
     assert problems(local_table) == {
+        "feature objects that were edited since they were published": 1,
         "rows of another revision": 1,
         "features of another dimension": 1,
         "row groups with values that are not finite": 1,
@@ -135,6 +143,57 @@ def test_torn_objects(local_table: FeatureTable, folder: Path) -> None:
 def test_deleted_object(local_table: FeatureTable, folder: Path) -> None:
     (folder / FIRST).unlink()
     assert problems(local_table)["done plans whose object is missing"] == 1
+
+
+def test_edited_values(local_table: FeatureTable, folder: Path) -> None:
+    """Nothing but a value is another, and everything still fits together."""
+
+    def spoil(rows: pa.Table) -> pa.Table:
+        features = [[9.0] * 4, *rows["feature"].to_pylist()[1:]]
+        place = rows.schema.get_field_index("feature")
+        return rows.set_column(place, "feature", pa.array(features, pa.list_(pa.float32())))
+
+    edit(folder / FIRST, spoil)
+    assert problems(local_table) == {"feature objects that were edited since they were published": 1}
+
+
+def test_rewritten_by_another_tool(local_table: FeatureTable, folder: Path) -> None:
+    edit(folder / FIRST, lambda rows: rows.replace_schema_metadata(None))
+    assert problems(local_table) == {"feature objects that this table's plans didn't make": 1}
+
+
+def test_a_copied_table_holds(local_table: FeatureTable, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    assert verify_table(str(tmp_path / "copy" / "t")).ok
+
+
+def test_orphans(local_table: FeatureTable, folder: Path) -> None:
+    shutil.copy(folder / FIRST, folder / "t/dataset=a/copy.parquet")
+    staged = next((folder / "_featurex/t/staging/dataset=a/0000000000").iterdir())
+    (folder / "_featurex/t/staging/dataset=a/0000000077").mkdir()
+    shutil.copy(staged, folder / "_featurex/t/staging/dataset=a/0000000077/")
+    (folder / "_featurex/t/done/dataset=a/0000000077.json").write_text("{}")
+    assert problems(local_table) == {
+        "Parquet files among the table's that no plan explains": 1,
+        "done records that no plan explains": 1,
+        "staged parts that no plan explains": 1,
+    }
+
+
+def test_verify_while_others_write(table: FeatureTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two states that were read one after the other are no finding."""
+    run(table, World(num_samples=8))
+    written = False
+
+    def write(operation: str, moment: str, key: str) -> None:
+        nonlocal written
+        if (operation, key) == ("open", "t/dataset=d/0000000000.parquet") and not written:
+            written = True
+            for plan in table.plan_prune(World(num_samples=2).samples, run_id="p"):
+                table.publish(plan)
+
+    assert verify(observed(table.store, write), table.facts).ok
+    assert written
 
 
 def test_open_plans(local_table: FeatureTable, folder: Path) -> None:
