@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -16,6 +16,9 @@ import yaml
 from featurex_ray.console import print_rows
 from featurex_ray.errors import FeaturexError, RequestError
 from featurex_ray.job import ExtractionJob, option_fields
+
+if TYPE_CHECKING:
+    from featurex_ray.pipeline.report import RunReport
 
 EXIT_FAILED = 1
 EXIT_REQUEST = 2
@@ -107,11 +110,15 @@ def read_config(ctx: click.Context, _param: click.Parameter, path: str | None) -
         raise RequestError(f"--config {path}: {error}") from error
     if not isinstance(values, Mapping):
         raise RequestError(f"--config {path}: give options as NAME: VALUE lines")
-    known = {param.name for param in ctx.command.params}
+    known = {
+        name.lstrip("-").replace("-", "_"): param.name
+        for param in ctx.command.params
+        for name in [*param.opts, *param.secondary_opts]
+    }
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - set(known)):
         raise RequestError(f"--config {path}: unknown options {', '.join(unknown)}")
-    ctx.default_map = values
+    ctx.default_map = {known[name]: value for name, value in values.items()}
     return path
 
 
@@ -189,9 +196,14 @@ def manifest(source: str, output: str, dataset: str | None, labels: bool | None)
 @click.argument("manifest")
 @with_job_options
 @click.option(
+    "--prune",
+    is_flag=True,
+    help="Remove samples that the manifest doesn't name any more, of the datasets that it names.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Print what would be done (new, changed, done, refused); write nothing."
 )
-def extract(manifest: str, dry_run: bool, **options: Any) -> None:
+def extract(manifest: str, prune: bool, dry_run: bool, **options: Any) -> None:
     """Extract features from the media that MANIFEST names, into one table per extractor.
 
     \b
@@ -202,28 +214,134 @@ def extract(manifest: str, dry_run: bool, **options: Any) -> None:
     Running it again does only what is not done yet. Exit codes: 0 done; 1 failed, run it again;
     2 the request was wrong, nothing was written; 3 done, but too many samples failed.
     """
-    sys.exit(run_extract(job_from(manifest, options), dry_run=dry_run))
-
-
-def run_extract(job: ExtractionJob, *, dry_run: bool) -> int:
-    """Run a job, show its progress and report; the exit code says how it went."""
     from featurex_ray.pipeline.progress import console_progress
-    from featurex_ray.pipeline.report import report_lines
     from featurex_ray.pipeline.run import plan_only, run
 
+    job = job_from(manifest, options)
     if dry_run:
-        click.echo("\n".join(plan_only(job)))
-        return 0
-    report = run(job, progress=console_progress())
+        click.echo("\n".join(plan_only(job, prune=prune)))
+        return
+    sys.exit(show(run(job, progress=console_progress(), prune=prune), job.max_failure_rate))
+
+
+def show(report: "RunReport", max_failure_rate: float) -> int:
+    """Print a run's report; the exit code that says how it went."""
+    from featurex_ray.pipeline.report import report_lines
+
     click.echo("\n".join(report_lines(report)))
-    if report.failure_rate > job.max_failure_rate:
+    if report.failure_rate > max_failure_rate:
         click.echo(
             f"featurex: {report.failure_rate:.1%} of the samples failed, "
-            f"--max-failure-rate is {job.max_failure_rate:.1%}",
+            f"--max-failure-rate is {max_failure_rate:.1%}",
             err=True,
         )
         return EXIT_TOO_MANY_FAILURES
     return 0
+
+
+@cli.command()
+@click.option(
+    "--manifests",
+    required=True,
+    metavar="TEMPLATE",
+    help="Each day's manifest: {date} stands for 2026-01-31, or {year}, {month} and {day}.",
+)
+@click.option("--from", "first", metavar="DATE", help="First day.")
+@click.option("--to", "last", metavar="DATE", help="Last day.")
+@click.option(
+    "--last", "recent", metavar="DAYS", help="Instead: the last days up to today (UTC), such as 3d."
+)
+@click.option(
+    "--require-all", is_flag=True, help="A day without a manifest is an error; else it is reported."
+)
+@click.option(
+    "--budget", metavar="N|TIME", help="Stop after so many samples, or about such a time: 20000, 6h, 90m."
+)
+@with_job_options
+@click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing.")
+def backfill(
+    manifests: str,
+    first: str | None,
+    last: str | None,
+    recent: str | None,
+    require_all: bool,
+    budget: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """The nightly job: extract what a range of days brought. Safe to repeat, to overlap and to kill.
+
+    \b
+    featurex backfill --manifests 's3://b/manifests/dt={date}/*.parquet' --last 3d \\
+        --output s3://b/features --extractor torchvision/resnet18
+
+    A sample that several days name is done once, as its latest day has it. Exit codes: 0 done, or
+    stopped by --budget; 1 failed, run it again; 2 the request was wrong, nothing was written; 3 done,
+    but too many samples failed.
+    """
+    from featurex_ray.pipeline.agenda import Budget
+    from featurex_ray.pipeline.backfill import Days, listed, prepare_days
+    from featurex_ray.pipeline.backfill import backfill as run_days
+    from featurex_ray.pipeline.progress import console_progress
+    from featurex_ray.pipeline.run import preview
+
+    days, limit = Days.parse(first, last, recent), Budget.parse(budget) if budget else None
+    job = job_from(manifests, options)
+    if dry_run:
+        request, merged = prepare_days(job, days, require_all=require_all)
+        missing = [f"no manifest for {listed(merged.missing)}"] if merged.missing else []
+        click.echo("\n".join([*preview(request), *missing]))
+        return
+    report = run_days(job, days, require_all=require_all, budget=limit, progress=console_progress())
+    sys.exit(show(report, job.max_failure_rate))
+
+
+RETRY_OPTIONS = (
+    "batch_size",
+    "allow_prefix",
+    "only_prefix",
+    "max_failure_rate",
+    "max_samples_per_plan",
+    "decode_actors",
+    "extract_actors",
+    "gpus_per_extract_actor",
+    "address",
+)
+"""What changes no feature; all else is as the table recorded it."""
+
+
+def with_retry_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command those options of a job that a retry may choose."""
+    for field in reversed(option_fields()):
+        if field.name in RETRY_OPTIONS:
+            click.decorators._param_memo(command, job_option(field))
+    return command
+
+
+@cli.command()
+@click.argument("table")
+@click.option("--code", metavar="CODES", help="Only failures of these codes: timeout,unavailable.")
+@click.option("--dataset", metavar="NAME", help="Only of this dataset.")
+@click.option("--weights", metavar="URI", help="The extractor's weights, if they lie elsewhere by now.")
+@with_retry_options
+def retry(table: str, code: str | None, dataset: str | None, weights: str | None, **options: Any) -> None:
+    """Do the failed samples of TABLE again; what succeeds leaves the failures.
+
+    \b
+    featurex retry s3://bucket/features/cnn_lstm --code timeout,unavailable
+
+    Manifest rows, extractor and sampling are those that the table recorded. Where its media lie in
+    other buckets than the table, name them with --allow-prefix. Exit codes as of extract.
+    """
+    from featurex_ray.pipeline.progress import console_progress
+    from featurex_ray.pipeline.retry import retry as run_retry
+
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    codes = [part.strip() for part in (code or "").split(",") if part.strip()]
+    report = run_retry(
+        table, codes=codes, dataset=dataset, weights=weights, progress=console_progress(), **chosen
+    )
+    sys.exit(show(report, options["max_failure_rate"]))
 
 
 @cli.command()

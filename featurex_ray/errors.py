@@ -3,6 +3,7 @@
 FeaturexError
 ├── RequestError                 the request is wrong; nothing was written (exit 2)
 │   ├── ManifestError            a manifest that can't be read or used
+│   │   └── NoManifestError      there is none, or none with samples in it
 │   ├── RefusedUriError          a URI outside what this run may read
 │   ├── ExtractorError           an unknown extractor, or options it doesn't take
 │   ├── WeightsError             weights that are missing, altered or of another shape
@@ -34,6 +35,10 @@ class RequestError(FeaturexError):
 
 class ManifestError(RequestError):
     """A manifest that can't be read or used."""
+
+
+class NoManifestError(ManifestError):
+    """There is no manifest at the given place, or none with samples in it."""
 
 
 class RefusedUriError(RequestError):

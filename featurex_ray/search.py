@@ -6,7 +6,8 @@ import pyarrow as pa
 from featurex_ray.errors import RequestError, SampleError
 from featurex_ray.media.image import decode_image
 from featurex_ray.models.embed import Embedder
-from featurex_ray.models.registry import ResolvedExtractor, resolve
+from featurex_ray.models.recorded import resolve_recorded
+from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.storage import Fetcher, ReadPolicy
 from featurex_ray.table.read import TableReader
 
@@ -48,24 +49,4 @@ def extractor_of(table: TableReader, *, weights: str | None = None) -> ResolvedE
     made_with = table.facts.extractor
     if made_with["media"] == "video":
         raise RequestError(f"{made_with['name']} takes videos; search it by --sample")
-    text = ",".join([made_with["name"], *(f"{key}={value}" for key, value in made_with["options"].items())])
-    recorded = made_with["weights"]
-    resolved = resolve(text, weights=weights or _source(recorded))
-    if resolved.spec.to_json()["weights"] != recorded and resolved.spec.weights.sha256 != _sha256(recorded):
-        raise RequestError(
-            f"{text} has weights {resolved.spec.weights.sha256} here, "
-            f"the table was made with {_sha256(recorded)}: "
-            "name the right ones with --weights"
-        )
-    return resolved
-
-
-def _sha256(weights: dict[str, str] | str) -> str:
-    return "none" if isinstance(weights, str) else weights["sha256"]
-
-
-def _source(weights: dict[str, str] | str) -> str | None:
-    """What to give as `weights` again: URIs as they are, nothing for weights known by a name."""
-    if isinstance(weights, str):
-        return weights
-    return weights["source"] if "/" in weights["source"] else None
+    return resolve_recorded(made_with, weights=weights)

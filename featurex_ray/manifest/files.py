@@ -10,7 +10,7 @@ from typing import IO, Any, Literal, cast
 
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
-from featurex_ray.errors import FeaturexError, ManifestError, StoreUnavailableError
+from featurex_ray.errors import FeaturexError, ManifestError, NoManifestError, StoreUnavailableError
 from featurex_ray.storage import Filesystem, filesystem, parse, redact
 
 Format = Literal["parquet", "csv", "jsonl"]
@@ -95,7 +95,7 @@ def find_files(uri: str) -> list[ManifestFile]:
         else:
             found = [name for name in store.find(path) if format_of(name) and _is_shown(name, path)]
     if not found:
-        raise ManifestError(f"no manifest at {redact(uri)!r}; looked for {FORMAT_NAMES}")
+        raise NoManifestError(f"no manifest at {redact(uri)!r}; looked for {FORMAT_NAMES}")
     return [ManifestFile.of(_uri_of(uri, name)) for name in sorted(found)]
 
 
@@ -124,7 +124,7 @@ def explained(uri: str) -> Iterator[None]:
 def _explain(uri: str, error: Exception) -> FeaturexError:
     name = repr(redact(uri))
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return ManifestError(f"no manifest at {name}")
+        return NoManifestError(f"no manifest at {name}")
     if isinstance(error, PermissionError):
         return ManifestError(f"may not read {name}: {error}")
     if isinstance(error, NoCredentialsError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurex_ray.errors import ManifestError, RequestError
+from featurex_ray.errors import ManifestError, NoManifestError, RequestError
 from featurex_ray.manifest.carried import columns_to_carry, observed_type, promote
 from featurex_ray.manifest.duplicates import Ids, note_duplicates
 from featurex_ray.manifest.files import ManifestFile, explained, find_files
@@ -92,7 +92,7 @@ def read_manifest(
         note_duplicates(_placed(files, dataset), suspects, repeats, reading.problems)
     reading.problems.raise_if_any(uri)
     if not reading.num_samples:
-        raise ManifestError(f"manifest {redact(uri)!r} holds no samples")
+        raise NoManifestError(f"manifest {redact(uri)!r} holds no samples")
     return reading.result(uri, files)
 
 

@@ -39,6 +39,8 @@ class TableReport:
         done: Of these, samples whose features are visible now.
         failed: Of these, samples that are failure rows now.
         failures_by_code: `failed`, by code.
+        pruned: Samples that left the manifest and are gone now.
+        left: Samples that a budget left for another run; None where there was none.
         skipped: Manifest samples that needed nothing (done or failed before).
         num_rows: Feature rows (clips) in the objects that this run published.
         objects: Keys of the features objects that this run published or completed.
@@ -54,6 +56,8 @@ class TableReport:
     done: int = 0
     failed: int = 0
     failures_by_code: dict[str, int] = field(default_factory=dict)
+    pruned: int = 0
+    left: int | None = None
     skipped: int = 0
     num_rows: int = 0
     objects: list[str] = field(default_factory=list)
@@ -162,6 +166,12 @@ def _table_lines(table: TableReport) -> list[str]:
         f"  {table.table}: {table.done} done, {table.failed} failed, {table.skipped} skipped; "
         f"{_plural(table.num_rows, 'row')} in {_plural(len(table.objects), 'object')}"
     ]
+    if table.pruned:
+        lines.append(
+            f"    {_plural(table.pruned, 'sample')} pruned, as the manifest doesn't name them any more"
+        )
+    if table.left is not None:
+        lines.append(f"    {_plural(table.left, 'sample')} left by the budget; run it again to go on")
     if table.failures_by_code:
         codes = ", ".join(f"{code} {n}" for code, n in table.failures_by_code.items())
         lines.append(f"    failures: {codes}")

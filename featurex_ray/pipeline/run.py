@@ -8,6 +8,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,12 +21,14 @@ import ray
 
 from featurex_ray.errors import RequestError, RunError, TableNotFoundError
 from featurex_ray.job import ExtractionJob
-from featurex_ray.manifest import Manifest, read_manifest
+from featurex_ray.manifest import read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.models.precision import resolve_precision
 from featurex_ray.models.registry import ResolvedExtractor, resolve
+from featurex_ray.pipeline.agenda import Agenda, ManifestAgenda, SampleSet
+from featurex_ray.pipeline.claims import Claims
 from featurex_ray.pipeline.decode import DecodeSettings
 from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, block_shape, deploy, most_actors
 from featurex_ray.pipeline.execute import Tracker, Work, first_line, run_pipeline
@@ -41,6 +44,12 @@ from featurex_ray.table.publish import Published
 from featurex_ray.table.store import LocalStore, ObjectStore, open_store
 from featurex_ray.table.table import FeatureTable
 
+POLL_SECONDS = 2.0
+"""Between two looks at what other runs work on."""
+
+PLANS_AT_ONCE = 8
+"""Plans whose staged parts are listed at the same time."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -48,24 +57,33 @@ class Request:
 
     job: ExtractionJob
     policy: ReadPolicy
-    manifest: Manifest
+    manifest: SampleSet
     store: ObjectStore
     extractors: tuple[ResolvedExtractor, ...]
     sampling: Sampling
+    started: float  # monotonic
 
 
-def prepare(job: ExtractionJob) -> Request:
+def prepare(job: ExtractionJob, manifest: SampleSet | None = None) -> Request:
     """Read and check all that a job names.
+
+    Args:
+        job: What to extract from what.
+        manifest: Its manifest's samples, where they have been read and checked already.
 
     Raises:
         RequestError: The manifest, an extractor, its weights or the output can't be used.
     """
+    started = time.monotonic()
     extractors = tuple(resolve(name, weights=job.weights_of(name)) for name in job.extractors)
     sampling = _sampling(job, extractors)
     store = open_store(job.output)
     policy = ReadPolicy(job.manifest, allow_prefixes=job.allow_prefix, only_prefixes=job.only_prefix)
-    manifest = read_manifest(job.manifest, dataset=job.dataset, keep_columns=job.keep_columns, policy=policy)
-    return Request(job, policy, manifest, store, extractors, sampling)
+    if manifest is None:
+        manifest = read_manifest(
+            job.manifest, dataset=job.dataset, keep_columns=job.keep_columns, policy=policy
+        )
+    return Request(job, policy, manifest, store, extractors, sampling, started)
 
 
 def _sampling(job: ExtractionJob, extractors: Sequence[ResolvedExtractor]) -> Sampling:
@@ -79,7 +97,7 @@ def _sampling(job: ExtractionJob, extractors: Sequence[ResolvedExtractor]) -> Sa
     return Sampling.parse(wanted.pop())
 
 
-def run(job: ExtractionJob, *, progress: Progress | None = None) -> RunReport:
+def run(job: ExtractionJob, *, progress: Progress | None = None, prune: bool = False) -> RunReport:
     """Do what a job asks and is not done yet.
 
     A run ends when every plan that names its samples is done, whoever made it. It may be
@@ -88,6 +106,7 @@ def run(job: ExtractionJob, *, progress: Progress | None = None) -> RunReport:
     Args:
         job: What to extract from what.
         progress: Told what happens meanwhile; silent by default.
+        prune: Whether samples that left the manifest leave the table, of datasets that it names.
 
     Returns:
         Counts, rates and failures by code; also kept under `_featurex/`.
@@ -96,9 +115,24 @@ def run(job: ExtractionJob, *, progress: Progress | None = None) -> RunReport:
         RequestError: The request is wrong; nothing was written.
         RunError: The run failed and can be run again.
     """
-    started = time.monotonic()
-    progress = progress or Silent()
     request = prepare(job)
+    agenda = ManifestAgenda(request.manifest, job.max_samples_per_plan, prune=prune)
+    return carry_out(request, agenda, progress or Silent())
+
+
+def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport:
+    """Do what an agenda asks for, until it asks for nothing more.
+
+    Args:
+        request: What was asked for, and found right.
+        agenda: Which plans there are to see done.
+        progress: Told what happens meanwhile.
+
+    Raises:
+        RequestError: The cluster or the store can't be used, or the table is another extractor's.
+        RunError: The run failed and can be run again.
+    """
+    job, started = request.job, request.started
     progress.say(f"{request.manifest.num_samples:,} samples in {job.manifest}")
     with _cluster():
         if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
@@ -107,39 +141,80 @@ def run(job: ExtractionJob, *, progress: Progress | None = None) -> RunReport:
         probe_store(request.store)
         tables = [_open_table(request, index) for index in range(len(request.extractors))]
         report = _new_report(request, tables)
-        # Again after each round: other runs may have planned meanwhile what blocked ours.
-        while assignments := _plan(request, tables, report, progress):
-            connect(job)
-            _execute(request, tables, assignments, report, progress, started)
-    report.close(started)
-    for table in tables:
-        table.save_report(report.run_id, report.to_json())
+        claims = Claims(tables, report.run_id)
+        with claims.beating():
+            # Again after each round: other runs may have planned meanwhile what blocked ours.
+            while assignments := _plan(tables, agenda, report, progress):
+                _see_done(request, tables, assignments, claims, report, progress, started)
+                agenda.worked(sum(assignment.num_samples for assignment in assignments))
+        _close(request, tables, agenda, report)
     return report
 
 
-def plan_only(job: ExtractionJob) -> list[str]:
+def _close(request: Request, tables: Sequence[FeatureTable], agenda: Agenda, report: RunReport) -> None:
+    for table, summary in zip(tables, report.tables, strict=True):
+        summary.left = agenda.num_left(table)
+        summary.skipped = max(request.manifest.num_samples - summary.planned, 0)
+        if summary.planned or summary.pruned:
+            table.collect()
+    report.close(request.started)
+    for table in tables:
+        table.save_report(report.run_id, report.to_json())
+
+
+def _see_done(
+    request: Request,
+    tables: Sequence[FeatureTable],
+    assignments: Sequence[Assignment],
+    claims: Claims,
+    report: RunReport,
+    progress: Progress,
+    started: float,
+) -> None:
+    """Work on what no other run works on, and wait for the rest: never leave before all is done."""
+    waiting, said = list(assignments), 0
+    while waiting := claims.open_ones(waiting):
+        mine, waiting = claims.take(waiting)
+        if mine:
+            connect(request.job)
+            _execute(request, tables, mine, report, progress, started)
+        elif len(waiting) != said:
+            said = len(waiting)
+            progress.say(f"waiting for {said} plans that other runs work on")
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def plan_only(job: ExtractionJob, *, prune: bool = False) -> list[str]:
     """What a run would do, as lines; nothing is written.
 
     Raises:
         RequestError: The request is wrong.
     """
     request = prepare(job)
-    lines = [f"{request.manifest.num_samples:,} samples in {job.manifest}, refused 0"]
-    for index, extractor in enumerate(job.extractors):
-        name = job.table_of(extractor)
-        lines.append(f"  {name}: {_preview(request, index, name)}")
+    return preview(request, prune=prune)
+
+
+def preview(request: Request, *, prune: bool = False) -> list[str]:
+    """What carrying out a request would do, as lines; nothing is written."""
+    lines = [f"{request.manifest.num_samples:,} samples in {request.job.manifest}, refused 0"]
+    for index, extractor in enumerate(request.job.extractors):
+        name = request.job.table_of(extractor)
+        lines.append(f"  {name}: {_preview(request, index, name, prune=prune)}")
     return lines
 
 
-def _preview(request: Request, index: int, name: str) -> str:
+def _preview(request: Request, index: int, name: str, *, prune: bool) -> str:
     recorded = _recorded(request.store, name)
     if not recorded:
         return f"new {request.manifest.num_samples:,} (the table will be created)"
     facts = _facts(request, index, name, **_settled(request.job, recorded))
-    work = FeatureTable.open_or_create(request.store, facts).compare(request.manifest.batches)
+    table = FeatureTable.open_or_create(request.store, facts)
+    work = table.compare(request.manifest.batches)
+    gone = f", to be pruned {table.num_gone(request.manifest.batches):,}" if prune else ""
     return (
         f"new {work.new:,}, changed {work.changed:,}, done {work.done:,}, "
-        f"failed before {work.failed:,}, in open plans {work.open:,}"
+        f"failed before {work.failed:,}, in open plans {work.open:,}{gone}"
     )
 
 
@@ -269,24 +344,16 @@ def _new_report(request: Request, tables: Sequence[FeatureTable]) -> RunReport:
 
 
 def _plan(
-    request: Request, tables: Sequence[FeatureTable], report: RunReport, progress: Progress
+    tables: Sequence[FeatureTable], agenda: Agenda, report: RunReport, progress: Progress
 ) -> list[Assignment]:
-    """Plan each table's work; plans over the very same samples become one assignment."""
-    together: dict[tuple[str, str], dict[int, Plan]] = defaultdict(dict)
+    """Ask for each table's plans; those over the very same samples become one assignment."""
+    together: dict[tuple[str, str, bool], dict[int, Plan]] = defaultdict(dict)
     for index, table in enumerate(tables):
         table.finish_published()
-        plans = table.plan(
-            request.manifest.batches,
-            run_id=report.run_id,
-            max_samples_per_plan=request.job.max_samples_per_plan,
-        )
+        plans = agenda.plans(table, run_id=report.run_id)
         for plan in plans:
-            together[plan.dataset, plan.samples_hash][index] = plan
-        planned = sum(plan.num_samples for plan in plans)
-        summary = report.tables[index]
-        summary.planned += planned
-        summary.skipped = max(request.manifest.num_samples - summary.planned, 0)
-        if planned:
+            together[plan.dataset, plan.samples_hash, plan.kind == "prune"][index] = plan
+        if planned := sum(plan.num_samples for plan in plans):
             in_plans = f"{len(plans)} plan{'' if len(plans) == 1 else 's'}"
             progress.say(f"{table.facts.name}: {planned:,} samples to do, in {in_plans}")
     return [Assignment(plans) for plans in together.values()]
@@ -301,7 +368,8 @@ def _execute(
     started: float,
 ) -> None:
     """Stage what is not staged, and publish each plan as soon as it is whole."""
-    todo = [_todo(tables, assignment) for assignment in assignments]
+    with ThreadPoolExecutor(PLANS_AT_ONCE) as threads:
+        todo = list(threads.map(lambda assignment: _todo(tables, assignment), assignments))
     publisher = Publisher(tables, assignments)
     tracker = Tracker(todo, num_tables=len(tables))
     for number, left in enumerate(tracker.left):
@@ -330,6 +398,8 @@ def _todo(tables: Sequence[FeatureTable], assignment: Assignment) -> np.ndarray:
     ids = tables[index].read_plan(leader)["sample_id"]
     todo = np.zeros(len(ids), bool)
     for index, plan in assignment.plans.items():
+        if plan.kind == "prune" or tables[index].is_done(plan):
+            continue
         staged = pa.array(sorted(tables[index].staged_samples(plan)), pa.string())
         todo |= ~pc.is_in(ids, value_set=staged).to_numpy()
     return todo
@@ -344,7 +414,7 @@ def _work(
 ) -> Work:
     num_samples = sum(int(mask.sum()) for mask in todo)
     cluster = ray.cluster_resources()
-    first = next(request.manifest.batches())
+    first = _some_samples(tables, assignments[0])
     windowed = request.job.clip_seconds is not None
     shape = block_shape(first, num_samples=num_samples, windowed=windowed, resources=cluster)
     slices = [
@@ -375,6 +445,11 @@ def _work(
     return Work(tables, assignments, slices, decode, extract, deployment, run_id, shape)
 
 
+def _some_samples(tables: Sequence[FeatureTable], assignment: Assignment) -> pa.RecordBatch:
+    index, plan = assignment.leader
+    return tables[index].read_plan(plan, range(min(plan.num_samples, 1024))).combine_chunks().to_batches()[0]
+
+
 class Publisher:
     """Publishes whole plans in Ray tasks, while others are still being worked on."""
 
@@ -400,6 +475,8 @@ class Publisher:
         except ray.exceptions.RayTaskError as error:
             cause = error.as_instanceof_cause()
             raise RunError(f"publishing failed: {first_line(cause)}") from error
+        except ray.exceptions.RayError as error:
+            raise RunError(f"publishing was interrupted: {first_line(error)}; run it again") from error
 
 
 def publish_plan(table: FeatureTable, plan: Plan) -> Published:
@@ -410,8 +487,12 @@ def publish_plan(table: FeatureTable, plan: Plan) -> Published:
 def _count_published(
     published: Sequence[tuple[int, Plan, Published]], tracker: Tracker, report: RunReport
 ) -> None:
-    for index, _plan, result in published:
+    for index, plan, result in published:
         table = report.tables[index]
+        if plan.kind == "prune":
+            table.pruned += plan.num_samples
+            continue
+        table.planned += plan.num_samples
         table.done += result.num_samples
         table.failed += result.num_failed
         table.num_rows += result.num_rows

@@ -30,6 +30,11 @@ class Assignment:
         """The plan whose rows are read; all of them hold the same samples in the same order."""
         return next(iter(self.plans.items()))
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of each of the plans."""
+        return self.leader[1].num_samples
+
 
 @dataclass(frozen=True)
 class Slice:
