@@ -378,13 +378,66 @@ def benchmark(path: str | None, media: str | None, samples: int, **options: Any)
 @click.option("--manifest", metavar="URI", help="Also check that each of this manifest's samples is there.")
 @click.option("--dataset", metavar="NAME", help="As given to extract, where the manifest has no such column.")
 @click.option("--allow-prefix", multiple=True, metavar="URI", help="As given to extract.")
-def verify(table: str, manifest: str | None, dataset: str | None, allow_prefix: tuple[str, ...]) -> None:
+@click.option("--deep", is_flag=True, help="Also extract some samples again, and compare.")
+@click.option("--samples", default=20, show_default=True, help="How many, with --deep.")
+@click.option("--seed", type=int, help="Choose the same samples again, with --deep.")
+@click.option("--weights", metavar="URI", help="The extractor's weights, if they lie elsewhere by now.")
+def verify(
+    table: str,
+    manifest: str | None,
+    dataset: str | None,
+    allow_prefix: tuple[str, ...],
+    deep: bool,
+    samples: int,
+    seed: int | None,
+    weights: str | None,
+) -> None:
     """Prove the accounting of TABLE: each sample once, in features or failures, whole."""
+    from featurex_ray.storage import ReadPolicy
+    from featurex_ray.table.read import open_table
     from featurex_ray.table.verify import verify_table
 
     report = verify_table(table, manifest=manifest, dataset=dataset, allow_prefixes=allow_prefix)
+    if deep:
+        from featurex_ray.pipeline.deep import verify_deep
+
+        policy = ReadPolicy(manifest or table, allow_prefixes=allow_prefix)
+        verify_deep(open_table(table), report, policy=policy, num_samples=samples, seed=seed, weights=weights)
     click.echo("\n".join(report.lines()))
     sys.exit(0 if report.ok else EXIT_FAILED)
+
+
+@cli.command()
+@click.argument("uri")
+@click.option(
+    "--address", metavar="ADDRESS", help="Ray cluster. Default: $RAY_ADDRESS, or this machine alone."
+)
+def doctor(uri: str, address: str | None) -> None:
+    """Test a store (URI, an output's root) and a cluster for what a run needs; say what is missing.
+
+    Exit codes: 0 nothing is missing; 1 something is; 2 no table can be written to such a URI.
+    """
+    from featurex_ray.pipeline.doctor import examine, raise_if_failed
+
+    checks = []
+    for check in examine(uri, address=address):
+        click.echo(check.line())
+        checks.append(check)
+    raise_if_failed(checks)
+
+
+@cli.command("export-delta")
+@click.argument("table")
+def export_delta(table: str) -> None:
+    """Write a Delta log over TABLE, for readers who want snapshots; the data stays where it is.
+
+    Each call adds one version with what is new. Needs the package deltalake.
+    """
+    from featurex_ray.table.delta import export_delta as export
+    from featurex_ray.table.read import open_table
+
+    uri, version, num_objects = export(open_table(table))
+    click.echo(f"{uri}: Delta version {version}, {num_objects:,} objects")
 
 
 @cli.command()

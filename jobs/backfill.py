@@ -1,7 +1,8 @@
 """The nightly job, to schedule on a Ray cluster; same arguments as `featurex backfill`.
 
-ray job submit --working-dir . -- python jobs/backfill.py --manifests 's3://bucket/manifests/dt={date}/*.parquet' \
-    --last 3d --output s3://bucket/features --extractor torchvision/resnet18
+ray job submit --working-dir . -- python jobs/backfill.py --last 3d \
+    --manifests 's3://bucket/manifests/dt={date}/*.parquet' \
+    --output s3://bucket/features --extractor torchvision/resnet18
 """
 
 import sys

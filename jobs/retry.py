@@ -1,6 +1,6 @@
 """The failed samples again, on a Ray cluster; same arguments as `featurex retry`.
 
-ray job submit --working-dir . -- python jobs/retry.py s3://bucket/features/cnn_lstm --code timeout,unavailable
+ray job submit --working-dir . -- python jobs/retry.py s3://bucket/features/cnn_lstm --code timeout
 """
 
 import sys

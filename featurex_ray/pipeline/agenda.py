@@ -83,13 +83,15 @@ class Budget:
         """Samples that may still be begun."""
         if self.samples is not None:
             return max(self.samples - self.done, 0)
-        assert self.seconds is not None
+        return self._fitting(self.seconds or 0.0)
+
+    def _fitting(self, seconds: float) -> int:
         spent = time.monotonic() - self.started
-        if spent >= self.seconds * (1 - LEFT_OVER):
+        if spent >= seconds * (1 - LEFT_OVER):
             return 0
         if not self.done:
             return FIRST_SAMPLES
-        return max(int(self.done / spent * (self.seconds - spent) * SLACK), 1)
+        return max(int(self.done / spent * (seconds - spent) * SLACK), 1)
 
     def take(self, plans: Sequence[Plan]) -> list[Plan]:
         """The first plans that fit; the very first always, unless nothing is left."""

@@ -177,6 +177,17 @@ class ObjectStore(Protocol):
         """A folder for files on their way into the store, removed at the end."""
 
 
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Lets this process try no longer than that, for as long as the block lasts."""
+    global TIME_LIMIT_SECONDS  # noqa: PLW0603  every store of the process obeys the one limit
+    before, TIME_LIMIT_SECONDS = TIME_LIMIT_SECONDS, seconds
+    try:
+        yield
+    finally:
+        TIME_LIMIT_SECONDS = before
+
+
 def attempts() -> Iterator[int]:
     """Counts attempts, sleeping with jitter in between, until the time limit is over."""
     deadline = time.monotonic() + TIME_LIMIT_SECONDS
@@ -592,6 +603,14 @@ class S3Store(_Observed):
             self._once("abort", upload.key, lambda s3: s3.abort_multipart_upload(**where))
         except (_TransientError, FileNotFoundError):
             return  # another collection will find it again, or nobody will
+
+    def is_versioned(self) -> bool | None:
+        """Whether the bucket keeps old versions; None where that may not be asked."""
+        try:
+            answer = self._retried("versioning", "", lambda s3: s3.get_bucket_versioning(Bucket=self.bucket))
+        except RequestError:
+            return None
+        return bool(answer.get("Status") == "Enabled")
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

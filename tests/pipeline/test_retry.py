@@ -84,8 +84,16 @@ def test_prune(photos: Path, tmp_path: Path) -> None:
 DRIVER = """
 import json, sys
 import featurex_ray as fx
-report = fx.run(fx.ExtractionJob(manifest=sys.argv[1], output=sys.argv[2], extractor="tests.pipeline.own:SlowMean",
-                                 max_samples_per_plan=4, decode_actors="1", extract_actors="1"))
+report = fx.run(
+    fx.ExtractionJob(
+        manifest=sys.argv[1],
+        output=sys.argv[2],
+        extractor="tests.pipeline.own:SlowMean",
+        max_samples_per_plan=4,
+        decode_actors="1",
+        extract_actors="1",
+    )
+)
 print(json.dumps([report.planned, report.num_units]))
 """
 

@@ -1,55 +1,22 @@
 """The probe, against stores that keep their promises and one that lets all racers win."""
 
-import http.client
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
 
 import pytest
 
 from featurex_ray.errors import StoreRefusedError
 from featurex_ray.table.probe import RESULT_KEY, probe_store, require_multipart
 from featurex_ray.table.store import ObjectStore, open_store
+from tests.faults.proxy import careless_proxy
 from tests.table.conftest import observed
 
 
 @pytest.fixture
 def careless_endpoint(s3_server: str) -> Iterator[str]:
-    """The same server behind a proxy that drops the conditions, as some stores ignore them."""
-
-    class Proxy(BaseHTTPRequestHandler):
-        def forward(self) -> None:
-            upstream = http.client.HTTPConnection(urlsplit(s3_server).netloc, timeout=30)
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = {
-                k: v for k, v in self.headers.items() if k.lower() not in {"if-match", "if-none-match"}
-            }
-            upstream.request(self.command, self.path, body, headers)
-            answer = upstream.getresponse()
-            content = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in {"transfer-encoding", "connection", "server", "date"}:
-                    self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward  # noqa: N815 - what the server calls
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64
-
-    server = Server(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    """The same server behind a proxy that drops the conditions."""
+    with careless_proxy(s3_server) as endpoint:
+        yield endpoint
 
 
 def test_probe_store(store: ObjectStore) -> None:
