@@ -1,6 +1,7 @@
 """The Ray Data pipeline: source -> cut -> decode pool -> extract pool -> staged parts."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from featurex_ray.pipeline.write import StageParts
 from featurex_ray.table.table import FeatureTable
 
 ARROW: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+_RAISED = re.compile(r"(\w+\.)*[A-Z]\w*(Error|Exception|Invalid|Died|Killed|Interrupt)\w*: ")
+
 FETCHING_THREADS = 2
 """Calls at the same time in a decode actor: one fetches the next block while one decodes."""
 
@@ -149,6 +152,7 @@ def configure(context: DataContext) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The line of a remote traceback that says what happened: its last."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    """The line of a remote traceback that says what was raised; Ray's hints on settings may follow it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    return (raised or lines or [type(error).__name__])[-1]

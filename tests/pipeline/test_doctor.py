@@ -81,7 +81,7 @@ def test_no_such_store_fails() -> None:
 def test_examine_cluster(s3_root: str) -> None:
     found = verdicts(list(examine(s3_root, address="auto")))
     assert found["cluster"] == "ok"
-    assert sorted(set(name.split()[-1] for name in found if name.endswith(("store", "versions")))) == [
+    assert sorted({name.split()[-1] for name in found if name.endswith(("store", "versions"))}) == [
         "store",
         "versions",
     ]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurex_ray.pipeline.execute import Tracker
+from featurex_ray.pipeline.execute import Tracker, first_line
 from featurex_ray.pipeline.units import STAGED, to_table
 
 
@@ -42,3 +42,15 @@ def test_one_failed_unit_settles_its_sample() -> None:
     found = tracker(1)
     assert found.add(staged({"num_units": 3, "unit_index": 2, "error_codes": ["timeout"]})) == (1, [0])
     assert found.codes == [{(0, 0): "timeout"}]
+
+
+def test_of_a_remote_traceback_the_line_that_was_raised_is_shown() -> None:
+    error = RuntimeError(
+        "ray::ReadSamples() (pid=1)\n  File plan.py, line 3, in read\n"
+        "pyarrow.lib.ArrowInvalid: no such column\n\n"
+        "Failed to apply UDF transform after 1/1 attempts.\n"
+        "To change retry attempts, configure `DataContext`.\n"
+    )
+    assert first_line(error) == "pyarrow.lib.ArrowInvalid: no such column"
+    assert first_line(RuntimeError("the node died")) == "the node died"
+    assert first_line(RuntimeError()) == "RuntimeError"
