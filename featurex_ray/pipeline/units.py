@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from featurex_ray.errors import SampleError
@@ -138,5 +139,22 @@ def error_struct(error: SampleError) -> dict[str, Any]:
 
 def to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as an Arrow table; what a row does not name is null."""
-    columns = [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema]
+    columns = [_column([row.get(field.name) for row in rows], field.type) for field in schema]
     return pa.table(columns, schema=schema)
+
+
+def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    return _frames_column(values) if kind == pa.large_binary() else pa.array(values, type=kind)
+
+
+def _frames_column(values: Sequence[memoryview | None]) -> pa.LargeBinaryArray:
+    """Frames as Arrow, copied once. `pa.array` would never let go of a memoryview (seen on pyarrow 26)."""
+    lengths = [0 if value is None else value.nbytes for value in values]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    frames = [np.frombuffer(value, np.uint8) for value in values if value is not None]
+    buffers = [
+        pa.array([value is not None for value in values], pa.bool_()).buffers()[1],
+        pa.py_buffer(offsets.astype(np.int64)),
+        pa.py_buffer(np.concatenate([np.empty(0, np.uint8), *frames])),
+    ]
+    return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
