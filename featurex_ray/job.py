@@ -14,6 +14,7 @@ from featurex_ray.media.sampling import Sampling
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Decoder = Literal["auto", "pyav", "decord"]
+Isolation = Literal["process", "none"]
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 TABLE_PATTERN = DATASET_PATTERN
@@ -120,6 +121,18 @@ class ExtractionJob:
     only_prefix: tuple[str, ...] = option(
         (), help="Restrict what manifests may name to these URI prefixes.", metavar="URI", group="safety"
     )
+    isolation: Isolation = option(
+        "process",
+        help="Where media are decoded: in a child process that can only compute, or (for media that you "
+        "made yourself) in the decode actor.",
+        group="safety",
+    )
+    decode_seconds: float = option(
+        300.0, help="Wall-clock and CPU seconds of decoding one unit, with isolation.", group="safety"
+    )
+    decode_memory: int = option(
+        1024, help="MiB of memory of a decoding process, at least 320, with isolation.", group="safety"
+    )
     max_failure_rate: float = option(
         0.1, help="Exit 3 when a larger part of the samples failed.", metavar="RATE", group="safety"
     )
@@ -150,6 +163,7 @@ class ExtractionJob:
         self._check_data()
         self._check_clips()
         self._check_model()
+        self._check_safety()
         self._check_scale()
 
     @property
@@ -212,6 +226,14 @@ class ExtractionJob:
             raise RequestError(f"--precision {self.precision!r} must be auto, fp32, bf16 or fp16")
         if self.decoder not in ("auto", "pyav", "decord"):
             raise RequestError(f"--decoder {self.decoder!r} must be auto, pyav or decord")
+
+    def _check_safety(self) -> None:
+        if self.isolation not in ("process", "none"):
+            raise RequestError(f"--isolation {self.isolation!r} must be process or none")
+        if not 0 < self.decode_seconds < float("inf"):
+            raise RequestError(f"--decode-seconds {self.decode_seconds} must be above 0")
+        if self.decode_memory < 320:
+            raise RequestError(f"--decode-memory {self.decode_memory} must be at least 320 MiB")
 
     def _check_scale(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:

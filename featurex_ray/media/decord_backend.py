@@ -29,6 +29,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec("decord") is not None
 
 
+def preload() -> None:
+    """Import decord now, so that nothing has to be opened later."""
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+
+
 def reads_exactly(header: StreamHeader) -> bool:
     """Whether a container's header promises that decord gives the right frames."""
     return (

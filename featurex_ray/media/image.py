@@ -10,6 +10,8 @@
 - Of animations and many-page files the first picture is used.
 """
 
+import importlib
+import io
 import logging
 import struct
 import warnings
@@ -57,6 +59,8 @@ SqueezeNet on photographs, against full decode: cosine >= 0.9993 (at 2.0: 0.9986
 
 _SMALL_INPUT = 96
 """Inputs below this many pixels a side are treated as this large: they feel the change more."""
+
+_COPIED_BYTES = 1 << 20
 
 # All that Pillow's parsers were seen to raise on damaged files.
 _PILLOW_ERRORS = (
@@ -124,7 +128,7 @@ def decode_image(
     if container.media_type != "image":
         raise DecodeError("unsupported_codec", f"a {container.format} video, not an image")
     try:
-        image = Image.open(cast(BinaryIO, BufferReader(data)), formats=_PLUGINS[container.format])
+        image = Image.open(_reader(data), formats=_PLUGINS[container.format])
         _check_size(image, max_pixels)
         width, height = image.size
         if not full_decode:
@@ -141,6 +145,18 @@ def decode_image(
     if orientation >= 5:
         width, height = height, width
     return DecodedImage(tuple(fit(upright, spec) for spec in inputs), width, height)
+
+
+def load_plugins() -> None:
+    """Import all that decoding may need now, so that nothing has to be opened later."""
+    Image.init()
+    for name in ("ImageCms", "ImageColor", "ImageFile", "ImageFilter", "ImagePalette", "ImageSequence"):
+        importlib.import_module(f"PIL.{name}")
+
+
+def _reader(data: Buffer) -> BinaryIO:
+    """A file over the bytes; a copy where that is cheaper than Pillow's many small reads in Python."""
+    return io.BytesIO(data) if len(data) <= _COPIED_BYTES else cast(BinaryIO, BufferReader(data))
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:

@@ -11,7 +11,9 @@ no deinterlacing, no stretching to the sample aspect ratio, no tone mapping. YUV
 the matrix and range that the stream names, BT.601 and limited range where it names none.
 """
 
+import importlib
 import itertools
+import pkgutil
 import struct
 import sys
 from bisect import bisect_right
@@ -66,6 +68,13 @@ _TRANSPOSES = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
 """Pillow's name for a display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y."""
+
+
+def preload() -> None:
+    """Import all of PyAV now, so that nothing has to be opened later."""
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if module.name != "av.__main__":
+            importlib.import_module(module.name)
 
 
 class _Listed(NamedTuple):

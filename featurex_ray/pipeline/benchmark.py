@@ -196,6 +196,7 @@ def _decode_alone(
         clip_seconds=None,
         clip_stride_seconds=None,
         decoder=resolve_policy("auto"),
+        isolation="none",  # CPU seconds are this process's; a child's cost a few percent more
     )
     decode = DecodeMedia(settings)
     decode(samples.slice(0, 4))  # imports and first opens are start-up, not the stage

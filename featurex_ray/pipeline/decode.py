@@ -5,19 +5,23 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from featurex_ray.errors import DecodeError, ProbeError, SampleError
+from featurex_ray.contained import ProcessLimits
+from featurex_ray.errors import SampleError
+from featurex_ray.job import Isolation
 from featurex_ray.manifest import read_inline
+from featurex_ray.media.contained import ContainedWorkshop
 from featurex_ray.media.decoder import DecoderPolicy
-from featurex_ray.media.image import decode_image
+from featurex_ray.media.image import DecodedImage
+from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, OwnProcess, Workshop
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
-from featurex_ray.media.sniff import Buffer, sniff
-from featurex_ray.media.video import ClipRequest, cut_units, decode_video, plan_clips
+from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, peak_bytes, to_table
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
 
@@ -32,18 +36,34 @@ class DecodeSettings:
     clip_seconds: float | None
     clip_stride_seconds: float | None
     decoder: DecoderPolicy
+    isolation: Isolation = "process"
+    limits: ProcessLimits = ProcessLimits()
     max_in_flight: int = 32
 
-    def request(self, row: dict[str, Any]) -> ClipRequest:
-        """The clips that this job wants of one sample."""
-        return ClipRequest(
-            sampling=self.sampling,
-            clip_seconds=self.clip_seconds,
-            clip_stride_seconds=self.clip_stride_seconds,
-            start_seconds=row["start_seconds"],
-            end_seconds=row["end_seconds"],
+    def order(self, row: dict[str, Any], *, cut: bool = False) -> Order:
+        """What this job wants of one unit; with `cut`, to know the sample's units."""
+        first = row.get("first_clip")
+        clips = None if first is None else range(first, first + row["num_unit_clips"])
+        request = _request(
+            self.sampling,
+            self.clip_seconds,
+            self.clip_stride_seconds,
+            row["start_seconds"],
+            row["end_seconds"],
         )
+        return _order(request, row["media_type"], clips, cut)
 
+    def workshop(self) -> Workshop:
+        """Who decodes in this process."""
+        options = DecodeOptions(self.inputs, self.decoder)
+        if self.isolation == "none":
+            return OwnProcess(options)
+        return ContainedWorkshop(options, limits=self.limits)
+
+
+# Most orders of a run are equal, and one that is made once costs less to hand over than many.
+_request = lru_cache(maxsize=1024)(ClipRequest)
+_order = lru_cache(maxsize=1024)(Order)
 
 Media = Fetched | SampleError
 
@@ -89,61 +109,58 @@ class CutUnits:
     def __init__(self, settings: DecodeSettings) -> None:
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
+        self._workshop = settings.workshop()
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Planned samples -> units, at least one a sample, in the schema `CUT`."""
         rows = samples.to_pylist()
         media = fetch_media(rows, self._fetcher)
-        units = [unit for row in rows for unit in self._cut(row, media[media_key(row)])]
+        found = [media[media_key(row)] for row in rows]
+        orders = [
+            (self._settings.order(row, cut=True), each.data)
+            for row, each in zip(rows, found, strict=True)
+            if isinstance(each, Fetched)
+        ]
+        outcomes = iter(self._workshop.carry_out(orders))
+        units = [
+            unit
+            for row, each in zip(rows, found, strict=True)
+            for unit in _units(row, next(outcomes).outcome if isinstance(each, Fetched) else each)
+        ]
         return to_table(units, CUT)
 
-    def _cut(self, row: dict[str, Any], media: Media) -> list[dict[str, Any]]:
-        try:
-            return self._windows(row, media)
-        except SampleError as error:
-            return [whole_unit(row) | {"error": error_struct(error)}]
 
-    def _windows(self, row: dict[str, Any], media: Media) -> list[dict[str, Any]]:
-        if isinstance(media, SampleError):
-            raise media
-        if media_type_of(media.data, row) == "image":
-            return [whole_unit(row)]
-        plan = plan_clips(media.data, self._settings.request(row))
-        units = cut_units(plan, self._settings.inputs)
-        return [
-            row
-            | {
-                "unit_index": index,
-                "num_units": len(units),
-                "first_clip": clips.start,
-                "num_unit_clips": len(clips),
-            }
-            for index, clips in enumerate(units)
-        ]
+def _units(row: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+    """A sample's units: the runs of its clips, or one of the whole sample."""
+    if isinstance(outcome, SampleError):
+        return [whole_unit(row) | {"error": error_struct(outcome)}]
+    if not isinstance(outcome, list) or not outcome:
+        return [whole_unit(row)]
+    return [
+        row
+        | {
+            "unit_index": index,
+            "num_units": len(outcome),
+            "first_clip": clips.start,
+            "num_unit_clips": len(clips),
+        }
+        for index, clips in enumerate(outcome)
+    ]
+
+
+@lru_cache(maxsize=1)
+def _cutter(settings: DecodeSettings) -> CutUnits:
+    return CutUnits(settings)
 
 
 def cut(samples: pa.Table, settings: DecodeSettings) -> pa.Table:
-    """`CutUnits` as a plain function, for a Ray task."""
-    return CutUnits(settings)(samples)
+    """`CutUnits` as a plain function, for a Ray task; a worker keeps it for the next one."""
+    return _cutter(settings)(samples)
 
 
 def whole_unit(row: dict[str, Any]) -> dict[str, Any]:
     """The one unit of a sample that is not cut."""
     return row | {"unit_index": 0, "num_units": 1}
-
-
-def media_type_of(data: Buffer, row: dict[str, Any]) -> str:
-    """What the bytes are; a manifest that says otherwise is wrong about this sample.
-
-    Raises:
-        ProbeError: The bytes are no listed format, or not what the manifest says.
-    """
-    found = sniff(data).media_type
-    if row["media_type"] is not None and row["media_type"] != found:
-        raise ProbeError(
-            "media_type_mismatch", f"the manifest says {row['media_type']}, the bytes are of a {found}"
-        )
-    return found
 
 
 class DecodeMedia:
@@ -153,6 +170,7 @@ class DecodeMedia:
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
         self._schema = decoded_schema(len(settings.inputs))
+        self._workshop = settings.workshop()
         # Decoding takes the one CPU of this actor; the other thread's fetches overlap with it.
         self._decoding = threading.Lock()
 
@@ -161,78 +179,81 @@ class DecodeMedia:
         rows = [row if "unit_index" in row else whole_unit(row) for row in units.to_pylist()]
         media = fetch_media([row for row in rows if not row.get("error")], self._fetcher)
         with self._decoding:
-            decoded = [self._decode(row, media) for row in rows]
-        peak = peak_bytes()
+            decoded = self._decode(rows, media)
+            peak = max(peak_bytes(), self._workshop.peak_bytes())
         return to_table([row | {"decode_peak_bytes": peak} for row in decoded], self._schema)
 
-    def _decode(self, row: dict[str, Any], media: dict[Any, Media]) -> dict[str, Any]:
-        if row.get("error"):
-            return row
-        found = media[media_key(row)]
-        if isinstance(found, SampleError):
-            return row | {"error": error_struct(found)}
-        start = time.perf_counter()
-        facts = {
-            "etag": found.etag,
-            "media_sha256": hashlib.sha256(found.data).hexdigest(),
-            "fetched_bytes": len(found.data),
-            "fetch_seconds": found.seconds,
-        }
-        decoded = self._decoded_or_error(row, found.data)
-        return row | facts | decoded | {"decode_seconds": time.perf_counter() - start}
+    def _decode(self, rows: list[dict[str, Any]], media: dict[Any, Media]) -> list[dict[str, Any]]:
+        found = [None if row.get("error") else media[media_key(row)] for row in rows]
+        orders = [
+            (self._settings.order(row), each.data)
+            for row, each in zip(rows, found, strict=True)
+            if isinstance(each, Fetched)
+        ]
+        done = iter(self._workshop.carry_out(orders))
+        return [
+            row | _media_columns(each) | _outcome_columns(next(done))
+            if isinstance(each, Fetched)
+            else row | ({"error": error_struct(each)} if each else {})
+            for row, each in zip(rows, found, strict=True)
+        ]
 
-    def _decoded_or_error(self, row: dict[str, Any], data: Buffer) -> dict[str, Any]:
-        try:
-            if media_type_of(data, row) == "image":
-                return self._image(data)
-            return self._video(row, data)
-        except SampleError as error:
-            return {"error": error_struct(error)}
-        except Exception as error:  # noqa: BLE001  the one boundary: a sample's failure becomes a row
-            unforeseen = DecodeError("decoder_error", f"{type(error).__name__}: {error}")
-            return {"error": error_struct(unforeseen)}
 
-    def _image(self, data: Buffer) -> dict[str, Any]:
-        image = decode_image(data, inputs=self._settings.inputs)
-        return {
-            "media_type": "image",
-            "width": image.width,
-            "height": image.height,
-            "media_complete": image.complete,
-            "num_clips": 1,
-            "num_unit_clips": 1,
-            "clips": [{"clip_index": 0, "num_frames": 1}],
-            **_frame_columns(image.frames),
-        }
+def _media_columns(media: Fetched) -> dict[str, Any]:
+    return {
+        "etag": media.etag,
+        "media_sha256": hashlib.sha256(media.data).hexdigest(),
+        "fetched_bytes": len(media.data),
+        "fetch_seconds": media.seconds,
+    }
 
-    def _video(self, row: dict[str, Any], data: Buffer) -> dict[str, Any]:
-        first = row.get("first_clip")
-        video = decode_video(
-            data,
-            self._settings.request(row),
-            inputs=self._settings.inputs,
-            clips=None if first is None else range(first, first + row["num_unit_clips"]),
-            policy=self._settings.decoder,
-        )
-        return {
-            "media_type": "video",
-            "width": video.width,
-            "height": video.height,
-            "media_complete": video.complete,
-            "num_clips": video.num_clips,
-            "num_unit_clips": len(video.clips),
-            "clips": [
-                {
-                    "clip_index": clip.clip_index,
-                    "start_seconds": clip.start_seconds,
-                    "end_seconds": clip.end_seconds,
-                    "frame_pts_seconds": clip.frame_pts_seconds,
-                    "num_frames": len(clip.frame_pts_seconds),
-                }
-                for clip in video.clips
-            ],
-            **_frame_columns(video.frames),
-        }
+
+def _outcome_columns(done: Done) -> dict[str, Any]:
+    outcome = done.outcome
+    if isinstance(outcome, SampleError):
+        columns: dict[str, Any] = {"error": error_struct(outcome)}
+    elif isinstance(outcome, DecodedImage):
+        columns = _image_columns(outcome)
+    elif isinstance(outcome, DecodedVideo):
+        columns = _video_columns(outcome)
+    else:
+        raise TypeError("units came out where frames were asked for")
+    return columns | {"decode_seconds": done.seconds}
+
+
+def _image_columns(image: DecodedImage) -> dict[str, Any]:
+    return {
+        "media_type": "image",
+        "width": image.width,
+        "height": image.height,
+        "media_complete": image.complete,
+        "num_clips": 1,
+        "num_unit_clips": 1,
+        "clips": [{"clip_index": 0, "num_frames": 1}],
+        **_frame_columns(image.frames),
+    }
+
+
+def _video_columns(video: DecodedVideo) -> dict[str, Any]:
+    return {
+        "media_type": "video",
+        "width": video.width,
+        "height": video.height,
+        "media_complete": video.complete,
+        "num_clips": video.num_clips,
+        "num_unit_clips": len(video.clips),
+        "clips": [
+            {
+                "clip_index": clip.clip_index,
+                "start_seconds": clip.start_seconds,
+                "end_seconds": clip.end_seconds,
+                "frame_pts_seconds": clip.frame_pts_seconds,
+                "num_frames": len(clip.frame_pts_seconds),
+            }
+            for clip in video.clips
+        ],
+        **_frame_columns(video.frames),
+    }
 
 
 def _frame_columns(frames: Sequence[np.ndarray]) -> dict[str, memoryview]:

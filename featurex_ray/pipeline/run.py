@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import RequestError, RunError, TableNotFoundError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import read_manifest
@@ -430,6 +431,10 @@ def _work(
         clip_seconds=request.job.clip_seconds,
         clip_stride_seconds=request.job.clip_stride_seconds,
         decoder=tables[0].facts.extractor["decoder"],
+        isolation=request.job.isolation,
+        limits=ProcessLimits(
+            memory_bytes=request.job.decode_memory << 20, item_seconds=request.job.decode_seconds
+        ),
     )
     extract = [
         ExtractSettings(

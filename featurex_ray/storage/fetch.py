@@ -18,6 +18,7 @@ from fsspec.asyn import get_loop
 
 from featurex_ray.errors import FetchError, RefusedUriError, RequestError
 from featurex_ray.storage.filesystems import filesystem
+from featurex_ray.storage.mapped import MappedFile
 from featurex_ray.storage.objects import (
     AnyObjects,
     Buffer,
@@ -259,7 +260,7 @@ class Fetcher:
                 for task in copies:
                     task.cancel()
                 await asyncio.wait(copies)  # none may write to the file once it is closed
-            return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), max(attempts)
+            return MappedFile.of(file.fileno()), max(attempts)
 
     async def _read(self, location: Location, *, part: range | None = None, etag: str | None = None) -> _Read:
         """One request, tried again while that is worth it."""

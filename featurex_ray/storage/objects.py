@@ -17,6 +17,7 @@ from yarl import URL
 
 from featurex_ray.errors import FetchError, RefusedUriError
 from featurex_ray.storage.filesystems import Filesystem, error_code, s3_error_code
+from featurex_ray.storage.mapped import MappedFile
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.uri import Location, redact
 
@@ -174,7 +175,7 @@ class LocalObjects:
             if part is not None:
                 return Chunk(os.pread(descriptor, len(part), part.start), found, facts.st_size)
             if facts.st_size > limit:
-                return Chunk(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), found, facts.st_size)
+                return Chunk(MappedFile.of(descriptor), found, facts.st_size)
             return Chunk(file.read(), found, facts.st_size)
 
 

@@ -1,0 +1,317 @@
+"""Decoding in a contained child process, and taking back only what could be true."""
+
+import io
+import math
+import mmap
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from featurex_ray.contained import ChildLostError, ContainedProcess, ProcessLimits
+from featurex_ray.contained.process import INBOX_BYTES
+from featurex_ray.contained.template import HEADER_BYTES, Outbox
+from featurex_ray.errors import DecodeError, ProbeError, SampleError
+from featurex_ray.media import decord_backend, pyav_backend
+from featurex_ray.media.image import DecodedImage, load_plugins
+from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, carry_out
+from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.sampling import Sampling
+from featurex_ray.media.sniff import Buffer
+from featurex_ray.media.video import MAX_UNIT_BYTES, Clip, ClipRequest, DecodedVideo
+
+_MOST_ORDERS = 1024
+_TRIES = 2
+_MOST = (1 << 31) - 1
+_CODES = {"crashed": "decoder_crashed", "timeout": "timeout", "too_large": "too_large"}
+_HELP = {
+    "crashed": "",
+    "timeout": "; --decode-seconds allows more",
+    "too_large": "; --decode-memory allows more",
+}
+_STAGES: dict[str, type[SampleError]] = {"probe": ProbeError, "decode": DecodeError}
+
+
+class ContainedWorkshop:
+    """Carries out orders in a child process; see `Workshop`.
+
+    A sample that loses its child twice (a crash, the deadline, memory) is a failure; those beside
+    it are not affected.
+
+    Args:
+        options: How to decode.
+        limits: Of the child.
+        handler: `module:name` of what decodes in the child.
+    """
+
+    def __init__(
+        self,
+        options: DecodeOptions,
+        *,
+        limits: ProcessLimits | None = None,
+        handler: str = "featurex_ray.media.contained:Decoder",
+    ) -> None:
+        self._inputs = options.inputs
+        frame_bytes = sum(spec.frame_bytes for spec in options.inputs)
+        self.process = ContainedProcess(
+            handler,
+            options,
+            outbox_bytes=max(MAX_UNIT_BYTES, frame_bytes) + (4 << 20),
+            limits=limits or ProcessLimits(),
+        )
+
+    def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
+        """See `Workshop`."""
+        done: dict[int, Done] = {}
+        losses: Counter[int] = Counter()
+        waiting = deque(range(len(orders)))
+        while waiting:
+            batch = _batch(orders, waiting)
+            try:
+                for answers in self._answers([orders[place] for place in batch]):
+                    done |= {waiting.popleft(): answer for answer in answers}
+            except ChildLostError as error:
+                lost = batch[min(max(error.item, batch.index(waiting[0])), len(batch) - 1)]
+                losses[lost] += 1
+                if losses[lost] == _TRIES:
+                    waiting.remove(lost)
+                    done[lost] = Done(_failure(error), math.nan)
+        return [done[place] for place in range(len(orders))]
+
+    def peak_bytes(self) -> int:
+        """See `Workshop`."""
+        return self.process.peak_bytes()
+
+    def _answers(self, orders: Sequence[tuple[Order, Buffer]]) -> Iterator[list[Done]]:
+        """What the child says of a batch, as far as it can be true."""
+        answered = 0
+        for told in self._told(orders):
+            answers = []
+            for each in told:
+                try:
+                    answers.append(_believed(each, orders[answered][0], self._inputs, self.process.outbox))
+                except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+                    self.process.discard()
+                    raise ChildLostError(
+                        "crashed", f"gave an impossible answer: {error}", answered
+                    ) from error
+                answered += 1
+            yield answers
+
+    def _told(self, orders: Sequence[tuple[Order, Buffer]]) -> Iterator[list[Any]]:
+        order, data = orders[0]
+        if len(data) <= INBOX_BYTES:
+            yield from self.process.run(orders)
+            return
+        file = _file_of(data)
+        try:
+            yield from self.process.run_large(order, file)
+        finally:
+            os.close(file)
+
+
+class Decoder:
+    """What decodes in the child: `carry_out`, its outcomes put into shared memory."""
+
+    def __init__(self, options: DecodeOptions) -> None:
+        self._options = options
+        load_plugins()
+        pyav_backend.preload()
+        if "decord" in options.policy:
+            decord_backend.preload()
+        _rehearse(options)
+
+    def __call__(self, item: Order, data: memoryview, outbox: Outbox) -> list[Any]:
+        """Carry out one order; see `template.Handler`."""
+        done = carry_out(item, data, self._options)
+        return [*_answer(done.outcome, outbox), done.seconds]
+
+
+def _rehearse(options: DecodeOptions) -> None:
+    """Decode a little of everything, so that whatever is imported late is imported before it can't be."""
+    pixels = np.full((64, 64, 3), 128, np.uint8)
+    image, video = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(image, "PNG")
+    with av.open(video, "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 64
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode(None))
+    request = ClipRequest(Sampling("uniform", 3), clip_seconds=0.3)
+    for data in (image.getvalue(), video.getvalue(), video.getvalue()[:-400]):
+        for order in (Order(request), Order(request, cut=True)):
+            carry_out(order, data, options)
+
+
+def _answer(outcome: Outcome, outbox: Outbox) -> list[Any]:
+    """An outcome in plain JSON types, its arrays in shared memory."""
+    if isinstance(outcome, SampleError):
+        return ["error", outcome.stage, outcome.code, outcome.message[:1000]]
+    if isinstance(outcome, list):
+        return ["units", [[unit.start, unit.stop] for unit in outcome]]
+    size = [outcome.width, outcome.height, outcome.complete]
+    try:
+        if isinstance(outcome, DecodedImage):
+            return ["image", *size, outbox.put([_bytes(array) for array in outcome.frames])]
+        table = np.array(
+            [[c.clip_index, c.start_seconds, c.end_seconds, c.num_frames] for c in outcome.clips], np.float64
+        )
+        pts = np.concatenate([clip.frame_pts_seconds for clip in outcome.clips])
+        place = outbox.put([_bytes(array) for array in (table, pts, *outcome.frames)])
+    except MemoryError as error:
+        return ["error", "decode", "too_large", str(error)]
+    facts = [outcome.decoder, outcome.num_decoded, outcome.num_clips, len(table)]
+    return ["video", *size, place, *facts]
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).data.cast("B")
+
+
+def _believed(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox: mmap.mmap) -> Done:
+    """An answer as an outcome, its arrays copied out of shared memory.
+
+    Raises:
+        ValueError: It can't be true; other errors of wrong types likewise.
+    """
+    kind, *facts, seconds = told
+    if not 0 <= _number(seconds) < math.inf:
+        raise ValueError(f"{seconds} seconds")
+    if kind == "error":
+        stage, code, message = facts
+        if not (str(code).isidentifier() and len(code) <= 40 and len(message) <= 1000):
+            raise ValueError("an error without a code")
+        return Done(_STAGES[stage](code, str(message)), seconds)
+    if order.cut:
+        return Done(_units(kind, facts), seconds)
+    width, height, complete, place = facts[:4]
+    size: dict[str, Any] = {"width": _count(width), "height": _count(height), "complete": complete is True}
+    memory = _Memory(outbox, _count(place, least=HEADER_BYTES))
+    if kind == "image":
+        frames = tuple(array[0] for array in memory.frames(1, inputs))
+        return Done(DecodedImage(frames=frames, **size), seconds)
+    if kind != "video":
+        raise ValueError("an outcome of no kind")
+    return Done(_video(facts[4:], size, memory, order, inputs), seconds)
+
+
+def _units(kind: str, facts: list[Any]) -> list[range]:
+    (bounds,) = facts
+    units = [range(_count(first, least=0), _count(last)) for first, last in bounds]
+    ends = [0, *(unit.stop for unit in units)]
+    if kind != "units" or any(unit.start != end or not unit for unit, end in zip(units, ends, strict=False)):
+        raise ValueError("units that don't follow each other")
+    return units
+
+
+def _video(
+    facts: list[Any], size: dict[str, Any], memory: "_Memory", order: Order, inputs: Sequence[InputSpec]
+) -> DecodedVideo:
+    decoder, num_decoded, num_clips, num_rows = facts
+    if decoder not in ("pyav", "decord"):
+        raise ValueError("a decoder of no name")
+    table = memory.floats(_count(num_rows) * 4).reshape(-1, 4)
+    lengths = table[:, 3].astype(np.int64)
+    if np.any(lengths < 1) or np.any(lengths != table[:, 3]):
+        raise ValueError("clips without frames")
+    pts = memory.floats(int(lengths.sum()))
+    indices = [int(index) for index in table[:, 0]]
+    first = indices[0] if order.clips is None else order.clips.start
+    last = _count(num_clips) if order.clips is None else order.clips.stop
+    if indices != list(range(first, last)) or last > num_clips or (order.clips is None and first):
+        raise ValueError("clips that were not asked for")
+    clips = tuple(
+        Clip(index, float(start), float(end), times)
+        for (index, start, end), times in zip(
+            ((int(row[0]), row[1], row[2]) for row in table),
+            np.split(pts, np.cumsum(lengths)[:-1]),
+            strict=True,
+        )
+    )
+    return DecodedVideo(
+        clips=clips,
+        num_clips=num_clips,
+        frames=memory.frames(len(pts), inputs),
+        decoder=decoder,
+        num_decoded=_count(num_decoded, least=0),
+        **size,
+    )
+
+
+class _Memory:
+    """Reads arrays out of shared memory, one after another, inside its bounds."""
+
+    def __init__(self, memory: mmap.mmap, place: int) -> None:
+        self._memory = memory
+        self._place = place
+
+    def floats(self, count: int) -> np.ndarray:
+        """(count,) float64, all finite."""
+        values = np.frombuffer(self._take(count * 8), np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("times that are no numbers")
+        return values
+
+    def frames(self, count: int, inputs: Sequence[InputSpec]) -> tuple[np.ndarray, ...]:
+        """One (count, H, W, 3) uint8 array per input."""
+        return tuple(
+            np.frombuffer(self._take(count * spec.frame_bytes), np.uint8).reshape(
+                -1, spec.height, spec.width, 3
+            )
+            for spec in inputs
+        )
+
+    def _take(self, num_bytes: int) -> bytes:
+        first, self._place = self._place, self._place + num_bytes
+        if not 0 <= first <= self._place <= len(self._memory):
+            raise ValueError("results that lie outside of their memory")
+        return self._memory[first : self._place]
+
+
+def _count(value: Any, *, least: int = 1) -> int:
+    if type(value) is not int or not least <= value <= _MOST:
+        raise ValueError(f"an impossible number: {value!r:.40}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError("no number")
+    return float(value)
+
+
+def _failure(error: ChildLostError) -> DecodeError:
+    message = f"its decoder {error.detail}{_HELP[error.reason]}"
+    return DecodeError(_CODES[error.reason], message, attempts=_TRIES)
+
+
+def _batch(orders: Sequence[tuple[Order, Buffer]], waiting: Sequence[int]) -> list[int]:
+    """The next orders whose bytes fit into the inbox together; at least one."""
+    batch: list[int] = []
+    num_bytes = 0
+    for place in waiting:
+        num_bytes += len(orders[place][1])
+        if batch and (num_bytes > INBOX_BYTES or len(batch) == _MOST_ORDERS):
+            break
+        batch.append(place)
+    return batch
+
+
+def _file_of(data: Buffer) -> int:
+    """A file with these bytes, open for reading only: the one that is mapped, else a copy in memory."""
+    descriptor = getattr(data, "descriptor", None)
+    if descriptor is None:
+        descriptor = os.memfd_create("featurex-media", os.MFD_CLOEXEC)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(descriptor)
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,113 @@
+"""What to make of one sample's bytes, and making it: the one place where its failure becomes a result."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from featurex_ray.errors import DecodeError, ProbeError, SampleError
+from featurex_ray.media.decoder import DecoderPolicy
+from featurex_ray.media.image import DecodedImage, decode_image
+from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.sniff import Buffer, sniff
+from featurex_ray.media.video import ClipRequest, DecodedVideo, cut_units, decode_video, plan_clips
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to decode, the same for all samples of a run.
+
+    Args:
+        inputs: The distinct preprocessings that the extractors want.
+        policy: Which video decoder.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    policy: DecoderPolicy = "auto"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is wanted of one sample.
+
+    Args:
+        request: Which clips and frames, if it is a video.
+        media_type: `image` or `video` where the manifest says so; bytes of the other are a failure.
+        clips: Of all the video's clips, those to decode; None for all.
+        cut: Don't decode: say how a video is cut into units.
+    """
+
+    request: ClipRequest
+    media_type: str | None = None
+    clips: range | None = None
+    cut: bool = False
+
+
+Outcome = DecodedImage | DecodedVideo | list[range] | SampleError
+"""Units where `Order.cut` asked for them; an image is not cut, and has none."""
+
+
+class Done(NamedTuple):
+    """What became of an order, and the seconds that it took."""
+
+    outcome: Outcome
+    seconds: float
+
+
+class Workshop(Protocol):
+    """Who carries out orders."""
+
+    def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
+        """Carry out orders on their bytes, in order; a failure is an outcome too."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most memory that a process of its own took so far; 0 where there is none."""
+        ...
+
+
+class OwnProcess:
+    """Carries out orders here: for media that are trusted not to bring their decoder down."""
+
+    def __init__(self, options: DecodeOptions) -> None:
+        self._options = options
+
+    def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
+        """See `Workshop`."""
+        return [carry_out(order, data, self._options) for order, data in orders]
+
+    def peak_bytes(self) -> int:
+        """See `Workshop`."""
+        return 0
+
+
+def carry_out(order: Order, data: Buffer, options: DecodeOptions) -> Done:
+    """Carry out one order; whatever goes wrong is its outcome."""
+    start = time.perf_counter()
+    try:
+        outcome = _outcome(order, data, options)
+    except SampleError as error:
+        outcome = error
+    except MemoryError as error:
+        outcome = DecodeError("too_large", f"out of memory {error}".rstrip())
+    except Exception as error:  # noqa: BLE001  the one boundary: a sample's failure becomes a row
+        outcome = DecodeError("decoder_error", f"{type(error).__name__}: {error}")
+    return Done(outcome, time.perf_counter() - start)
+
+
+def _outcome(order: Order, data: Buffer, options: DecodeOptions) -> Outcome:
+    if _media_type(order, data) == "image":
+        return [] if order.cut else decode_image(data, inputs=options.inputs)
+    if order.cut:
+        return cut_units(plan_clips(data, order.request), options.inputs)
+    return decode_video(data, order.request, inputs=options.inputs, clips=order.clips, policy=options.policy)
+
+
+def _media_type(order: Order, data: Buffer) -> str:
+    """What the bytes are; a manifest that says otherwise is wrong about this sample."""
+    found = sniff(data).media_type
+    if order.media_type is not None and order.media_type != found:
+        raise ProbeError(
+            "media_type_mismatch", f"the manifest says {order.media_type}, the bytes are of a {found}"
+        )
+    return found
