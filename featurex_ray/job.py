@@ -15,6 +15,7 @@ from featurex_ray.media.sampling import Sampling
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Decoder = Literal["auto", "pyav", "decord"]
 Isolation = Literal["process", "none"]
+Partial = Literal["use", "fail"]
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 TABLE_PATTERN = DATASET_PATTERN
@@ -133,6 +134,21 @@ class ExtractionJob:
     decode_memory: int = option(
         1024, help="MiB of memory of a decoding process, at least 320, with isolation.", group="safety"
     )
+    partial: Partial = option(
+        "use",
+        help="Videos that break off or are damaged: use the part that can be decoded (media_complete is "
+        "false then), or fail.",
+        group="safety",
+    )
+    max_pixels: int = option(64_000_000, help="Larger pictures and frames fail as too_large.", group="safety")
+    max_media_seconds: float = option(
+        86_400.0, help="Longer videos fail as too_large.", metavar="SECONDS", group="safety"
+    )
+    max_media_frames: int = option(1_000_000, help="Videos of more frames fail as too_large.", group="safety")
+    max_streams: int = option(128, help="Containers of more streams fail as too_large.", group="safety")
+    max_ratio: float = option(
+        1_000_000.0, help="Media that grow more than so many times in decoding fail.", group="safety"
+    )
     max_failure_rate: float = option(
         0.1, help="Exit 3 when a larger part of the samples failed.", metavar="RATE", group="safety"
     )
@@ -230,6 +246,11 @@ class ExtractionJob:
     def _check_safety(self) -> None:
         if self.isolation not in ("process", "none"):
             raise RequestError(f"--isolation {self.isolation!r} must be process or none")
+        if self.partial not in ("use", "fail"):
+            raise RequestError(f"--partial {self.partial!r} must be use or fail")
+        for name in ("max_pixels", "max_media_seconds", "max_media_frames", "max_streams", "max_ratio"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
         if not 0 < self.decode_seconds < float("inf"):
             raise RequestError(f"--decode-seconds {self.decode_seconds} must be above 0")
         if self.decode_memory < 320:

@@ -17,7 +17,7 @@ from featurex_ray.contained.process import INBOX_BYTES
 from featurex_ray.contained.template import HEADER_BYTES, Outbox
 from featurex_ray.errors import DecodeError, ProbeError, SampleError
 from featurex_ray.media import decord_backend, pyav_backend
-from featurex_ray.media.image import DecodedImage, load_plugins
+from featurex_ray.media.image import DecodedImage, load_plugins, set_bomb_check
 from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, carry_out
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
@@ -120,6 +120,7 @@ class Decoder:
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         load_plugins()
+        set_bomb_check(options.limits)
         pyav_backend.preload()
         if "decord" in options.policy:
             decord_backend.preload()

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from featurex_ray.errors import DecodeError
+from featurex_ray.media.limits import DEFAULT_LIMITS, MediaLimits
 from featurex_ray.media.preprocess import InputSpec, fit
 from featurex_ray.media.sniff import Buffer, BufferReader, sniff
 
@@ -61,6 +62,7 @@ _SMALL_INPUT = 96
 """Inputs below this many pixels a side are treated as this large: they feel the change more."""
 
 _COPIED_BYTES = 1 << 20
+_BAND_PIXELS = 1 << 20
 
 # All that Pillow's parsers were seen to raise on damaged files.
 _PILLOW_ERRORS = (
@@ -106,7 +108,7 @@ def decode_image(
     data: Buffer,
     *,
     inputs: Sequence[InputSpec],
-    max_pixels: int = 64_000_000,
+    limits: MediaLimits = DEFAULT_LIMITS,
     full_decode: bool = False,
 ) -> DecodedImage:
     """Decode an image for one or several models.
@@ -117,7 +119,7 @@ def decode_image(
     Args:
         data: The encoded image.
         inputs: What the models want; at least one.
-        max_pixels: Larger pictures are refused before they are decoded.
+        limits: Larger pictures are refused before they are decoded.
         full_decode: Never decode at reduced scale.
 
     Raises:
@@ -129,8 +131,9 @@ def decode_image(
         raise DecodeError("unsupported_codec", f"a {container.format} video, not an image")
     try:
         image = Image.open(_reader(data), formats=_PLUGINS[container.format])
-        _check_size(image, max_pixels)
         width, height = image.size
+        limits.check_size(width, height)
+        limits.check_ratio(num_pixels=width * height, num_bytes=len(data))
         if not full_decode:
             _reduce(image, inputs)
         image.load()
@@ -154,14 +157,14 @@ def load_plugins() -> None:
         importlib.import_module(f"PIL.{name}")
 
 
+def set_bomb_check(limits: MediaLimits) -> None:
+    """Have Pillow itself refuse larger pictures in this process, those inside of others (ICO) too."""
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels // 2  # it warns of more, and refuses twice as much
+
+
 def _reader(data: Buffer) -> BinaryIO:
     """A file over the bytes; a copy where that is cheaper than Pillow's many small reads in Python."""
     return io.BytesIO(data) if len(data) <= _COPIED_BYTES else cast(BinaryIO, BufferReader(data))
-
-
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise DecodeError("too_large", f"{image.width}x{image.height} pixels; the limit is {max_pixels:,}")
 
 
 def _reduce(image: Image.Image, inputs: Sequence[InputSpec]) -> None:
@@ -198,20 +201,39 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise DecodeError("unsupported_codec", "floating-point pixels have no known range")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        pixels = image.convert("RGBA")
-        ground = Image.new("RGBA", pixels.size, "white")
-        return Image.alpha_composite(ground, pixels).convert("RGB")
+        return _over_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Composite over white, band by band: the steps between would take four times the memory."""
+    flat = Image.new("RGB", image.size)
+    for box in _bands(image):
+        band = image.crop(box).convert("RGBA")
+        ground = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(ground, band).convert("RGB"), box)
+    return flat
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
     """16-bit gray, which Pillow holds as `I;16*` or `I`, to 8 bits by scaling."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise DecodeError("unsupported_codec", "integer pixels beyond 16 bits have no known range")
-    return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    flat = Image.new("L", image.size)
+    for box in _bands(image):
+        values = np.asarray(image.crop(box)).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise DecodeError("unsupported_codec", "integer pixels beyond 16 bits have no known range")
+        flat.paste(Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)), box)
+    return flat
+
+
+def _bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Boxes that cover a picture from top to bottom, of about a million pixels each."""
+    rows = max(_BAND_PIXELS // max(image.width, 1), 1)
+    return [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
 
 
 def _decode_error(error: Exception) -> DecodeError:
+    if isinstance(error, MemoryError):
+        return DecodeError("too_large", f"out of memory {error}".rstrip())
     text = str(error) or type(error).__name__
     return DecodeError("truncated" if "truncated" in text.lower() else "undecodable", text)

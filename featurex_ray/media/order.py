@@ -3,14 +3,17 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from featurex_ray.errors import DecodeError, ProbeError, SampleError
 from featurex_ray.media.decoder import DecoderPolicy
-from featurex_ray.media.image import DecodedImage, decode_image
+from featurex_ray.media.image import DecodedImage, decode_image, set_bomb_check
+from featurex_ray.media.limits import DEFAULT_LIMITS, MediaLimits
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sniff import Buffer, sniff
 from featurex_ray.media.video import ClipRequest, DecodedVideo, cut_units, decode_video, plan_clips
+
+Partial = Literal["use", "fail"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,15 @@ class DecodeOptions:
     Args:
         inputs: The distinct preprocessings that the extractors want.
         policy: Which video decoder.
+        limits: What a header may claim.
+        partial: What becomes of a video that breaks off or is damaged: `use` takes the part that
+            can be decoded and marks it, `fail` makes it a failure. Broken-off images always fail.
     """
 
     inputs: tuple[InputSpec, ...]
     policy: DecoderPolicy = "auto"
+    limits: MediaLimits = DEFAULT_LIMITS
+    partial: Partial = "use"
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class OwnProcess:
 
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
+        set_bomb_check(options.limits)
 
     def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
         """See `Workshop`."""
@@ -97,10 +106,29 @@ def carry_out(order: Order, data: Buffer, options: DecodeOptions) -> Done:
 
 def _outcome(order: Order, data: Buffer, options: DecodeOptions) -> Outcome:
     if _media_type(order, data) == "image":
-        return [] if order.cut else decode_image(data, inputs=options.inputs)
+        return [] if order.cut else decode_image(data, inputs=options.inputs, limits=options.limits)
     if order.cut:
-        return cut_units(plan_clips(data, order.request), options.inputs)
-    return decode_video(data, order.request, inputs=options.inputs, clips=order.clips, policy=options.policy)
+        plan = plan_clips(data, order.request, limits=options.limits)
+        _check_complete(plan.complete, options)
+        return cut_units(plan, options.inputs)
+    video = decode_video(
+        data,
+        order.request,
+        inputs=options.inputs,
+        clips=order.clips,
+        policy=options.policy,
+        limits=options.limits,
+    )
+    _check_complete(video.complete, options)
+    return video
+
+
+def _check_complete(complete: bool, options: DecodeOptions) -> None:
+    if not complete and options.partial == "fail":
+        raise DecodeError(
+            "truncated",
+            "the video breaks off or is damaged; --partial use takes the part that can be decoded",
+        )
 
 
 def _media_type(order: Order, data: Buffer) -> str:

@@ -1,4 +1,4 @@
-"""FFmpeg through PyAV: reads any listed container, and every codec that FFmpeg has.
+"""FFmpeg through PyAV: reads the listed containers and codecs.
 
 The timeline is read from the packets' headers. Frames are then decoded from the last keyframe
 before each one that is wanted, and each frame that comes out on the way is held against the
@@ -11,6 +11,7 @@ no deinterlacing, no stretching to the sample aspect ratio, no tone mapping. YUV
 the matrix and range that the stream names, BT.601 and limited range where it names none.
 """
 
+import errno
 import importlib
 import itertools
 import pkgutil
@@ -37,6 +38,7 @@ from PIL import Image
 
 from featurex_ray.errors import DecodeError, ProbeError
 from featurex_ray.media.decoder import Shown, StreamHeader, Timeline, TimelineDisagreementError
+from featurex_ray.media.limits import DEFAULT_LIMITS, MediaLimits
 from featurex_ray.media.sniff import Buffer, BufferReader, Container
 
 _DEMUXERS = {
@@ -51,6 +53,19 @@ _DEMUXERS = {
     "asf": "asf",
 }
 """The only FFmpeg demuxers that ever see the bytes, by sniffed format."""
+
+DECODERS = frozenset(
+    {
+        "h264", "hevc", "vvc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1", "libvpx", "libvpx-vp9",
+        "mpeg1video", "mpeg2video", "mpegvideo", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263",
+        "h263p", "h261", "flv", "vp6", "vp6f", "vp6a", "vp3", "theora", "wmv1", "wmv2", "wmv3", "vc1",
+        "svq1", "svq3",
+        "mjpeg", "mjpegb", "prores", "dnxhd", "cfhd", "dvvideo", "huffyuv", "ffvhuff", "ffv1", "utvideo",
+        "magicyuv", "lagarith", "rawvideo", "v210", "png", "qtrle", "rpza", "cinepak", "msvideo1", "msrle",
+        "tscc", "indeo3", "indeo4", "indeo5", "snow", "jpeg2000",
+    }
+)  # fmt: skip
+"""The only FFmpeg decoders that are ever opened: those that cameras, editors and archives write."""
 
 _HELD_BYTES = 64 << 20
 """Decoded frames that may be kept to spare a second decode of the same stretch."""
@@ -146,7 +161,7 @@ class PyavDecoder:
         data: The whole encoded object.
         container: What `sniff` made of it.
         num_threads: Decoder threads.
-        max_pixels: Larger frames are refused before they are decoded.
+        limits: What the header may claim.
 
     Raises:
         ProbeError: `undecodable` header, `no_video`.
@@ -156,12 +171,17 @@ class PyavDecoder:
     name = "pyav"
 
     def __init__(
-        self, data: Buffer, container: Container, *, num_threads: int = 1, max_pixels: int = 64_000_000
+        self,
+        data: Buffer,
+        container: Container,
+        *,
+        num_threads: int = 1,
+        limits: MediaLimits = DEFAULT_LIMITS,
     ) -> None:
         self._data = data
         self._format = container.format
         self._num_threads = num_threads
-        self._max_pixels = max_pixels
+        self._limits = limits
         self._reformatter = VideoReformatter()
         self._keyframes: list[tuple[int, int]] = []
         self._run: _Run | None = None
@@ -221,11 +241,17 @@ class PyavDecoder:
     def _list_packets(self) -> tuple[StreamHeader, Fraction, int, list[_Listed]]:
         """The stream's header, time base, nominal ticks a frame, and packets from its first keyframe on."""
         with self._opened() as (container, stream):
-            packets = [
-                _Listed(packet.pts, ordinal, packet.duration or 0, packet.is_keyframe, packet.is_discard)
-                for ordinal, packet in self._packets(container, stream)
-                if packet is not None and not _is_hidden(packet, stream)
-            ]
+            size = stream.codec_context.width * stream.codec_context.height
+            packets: list[_Listed] = []
+            for ordinal, packet in self._packets(container, stream):
+                if packet is not None and not _is_hidden(packet, stream):
+                    self._limits.check_frames(len(packets) + 1)
+                    packets.append(
+                        _Listed(
+                            packet.pts, ordinal, packet.duration or 0, packet.is_keyframe, packet.is_discard
+                        )
+                    )
+            self._limits.check_ratio(num_pixels=size * len(packets), num_bytes=len(self._data))
             header = _header(container, stream, self._format, packets)
             time_base = Fraction(stream.time_base or Fraction(1, av.time_base))
             rate = stream.average_rate
@@ -295,6 +321,7 @@ class PyavDecoder:
         for frame in self._shown_from(packet):
             if stop is not None and frame.pts is not None and frame.pts > stop:
                 break
+            self._limits.check_frames(len(pts) + 1)
             pts.append(frame.pts)
             keys.append(frame.key_frame)
             begins_intra = begins_intra or (len(pts) == 1 and _is_intra(frame))
@@ -316,26 +343,32 @@ class PyavDecoder:
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
         """The bytes with the right demuxer, and nothing else: no other file, no network."""
-        limits = {"max_pixels": str(self._max_pixels)}
+        codec_options = {"codec_whitelist": ",".join(DECODERS)}
+        options = codec_options | {
+            "format_whitelist": _DEMUXERS[self._format],
+            "protocol_whitelist": "",
+        }
         try:
             container = av.open(
                 BufferReader(self._data),
                 "r",
                 format=_DEMUXERS[self._format],
-                options=limits,
+                options=options,
                 metadata_errors="replace",
                 io_open=_refuse,
             )
         except av.FFmpegError as error:
+            _refuse_exhaustion(error)
             raise ProbeError("undecodable", f"{self._format} header: {error.strerror}") from error
         with container:
             stream = _best_stream(container)
-            _check_stream(stream, self._max_pixels)
+            self._check(container, stream)
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
             context = stream.codec_context
-            context.options = limits
+            # Only here: told to the demuxer, it would have the header's size come out as 0x0.
+            context.options = codec_options | {"max_pixels": str(self._limits.max_pixels)}
             context.thread_type = "AUTO" if self._num_threads > 1 else "SLICE"
             context.thread_count = self._num_threads
             yield container, stream
@@ -348,18 +381,31 @@ class PyavDecoder:
             for ordinal, packet in enumerate(container.demux(stream)):
                 if packet.size:
                     yield ordinal, packet
-        except av.FFmpegError:
+        except av.FFmpegError as error:
+            _refuse_exhaustion(error)
             self.num_errors += 1
         yield sys.maxsize, None
 
     def _decode(self, stream: VideoStream, packet: "Packet[VideoStream] | None") -> list[VideoFrame]:
         try:
             frames = stream.codec_context.decode(packet)
-        except av.FFmpegError:
+        except av.FFmpegError as error:
+            _refuse_exhaustion(error)
             self.num_errors += 1
             return []
         self.num_decoded += len(frames)
         return frames
+
+    def _check(self, container: InputContainer, stream: VideoStream) -> None:
+        """Refuse what the header says already is too large, or of a codec that isn't listed."""
+        seconds = container.duration / av.time_base if container.duration is not None else None
+        self._limits.check_container(num_streams=len(container.streams), seconds=seconds)
+        context = stream.codec_context
+        if context is None:
+            raise DecodeError("unsupported_codec", "FFmpeg has no decoder for the video stream")
+        if context.codec.name not in DECODERS:
+            raise DecodeError("unsupported_codec", f"the codec {context.codec.name} is not on the list")
+        self._limits.check_size(context.width, context.height)
 
     def _picture(self, frame: VideoFrame) -> Image.Image:
         """Convert to RGB and turn upright."""
@@ -385,14 +431,10 @@ def _best_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _check_stream(stream: VideoStream, max_pixels: int) -> None:
-    context = stream.codec_context
-    if context is None:
-        raise DecodeError("unsupported_codec", "FFmpeg has no decoder for the video stream")
-    if context.width * context.height > max_pixels:
-        raise DecodeError(
-            "too_large", f"{context.width}x{context.height} pixels; the limit is {max_pixels:,}"
-        )
+def _refuse_exhaustion(error: av.FFmpegError) -> None:
+    """Memory that runs out is not damage: what FFmpeg couldn't hold would be left out in silence."""
+    if error.errno == errno.ENOMEM:
+        raise DecodeError("too_large", f"out of memory: {error.strerror}") from error
 
 
 def _header(

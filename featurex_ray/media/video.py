@@ -21,13 +21,13 @@ from featurex_ray.media.decoder import (
     Timeline,
     TimelineDisagreementError,
 )
+from featurex_ray.media.limits import DEFAULT_LIMITS, MediaLimits
 from featurex_ray.media.preprocess import InputSpec, fit
 from featurex_ray.media.pyav_backend import PyavDecoder
 from featurex_ray.media.sampling import Sampling, count_windows, select, windows
 from featurex_ray.media.sniff import Buffer, Container, breaks_off, is_encrypted, sniff
 
 MAX_UNIT_BYTES = 64 << 20
-MAX_PIXELS = 64_000_000
 _MAX_WINDOWS = 1_000_000
 
 _DECORD_TOLERANCE = 2
@@ -149,14 +149,14 @@ def resolve_policy(policy: DecoderPolicy) -> DecoderPolicy:
     return policy
 
 
-def plan_clips(data: Buffer, request: ClipRequest, *, max_pixels: int = MAX_PIXELS) -> ClipPlan:
+def plan_clips(data: Buffer, request: ClipRequest, *, limits: MediaLimits = DEFAULT_LIMITS) -> ClipPlan:
     """Read a video's packet headers and lay out its clips; frames are only decoded where these don't tell.
 
     Raises:
         ProbeError: `empty`, `unsupported_container`, `truncated`, `undecodable`, `no_video`.
         DecodeError: `unsupported_codec`, `no_frames`, `too_large`.
     """
-    container, decoder = _open(data, num_threads=1, max_pixels=max_pixels)
+    container, decoder = _open(data, num_threads=1, limits=limits)
     layout = _Layout(container, decoder.timeline, request)
     clips = tuple(clip for clip, _ in layout.clips(decoder.timeline))
     return ClipPlan(clips, complete=decoder.num_errors == 0 and not breaks_off(data, container))
@@ -191,7 +191,7 @@ def decode_video(
     clips: range | None = None,
     policy: DecoderPolicy = "auto",
     num_threads: int = 1,
-    max_pixels: int = MAX_PIXELS,
+    limits: MediaLimits = DEFAULT_LIMITS,
     max_unit_bytes: int = MAX_UNIT_BYTES,
 ) -> DecodedVideo:
     """Decode the frames of some clips, each fitted to each input as it comes.
@@ -206,7 +206,7 @@ def decode_video(
         clips: Of all the sample's clips, those to decode; None for all.
         policy: Which decoder; `auto` and the names that `resolve_policy` gives.
         num_threads: Decoder threads.
-        max_pixels: Larger frames are refused before they are decoded.
+        limits: What the header may claim.
         max_unit_bytes: The most that the fitted frames may take.
 
     Raises:
@@ -214,7 +214,7 @@ def decode_video(
         DecodeError: `unsupported_codec`, `no_frames`, `too_large`, `undecodable`.
         RequestError: The policy needs decord, which is not installed.
     """
-    container, pyav = _open(data, num_threads=num_threads, max_pixels=max_pixels)
+    container, pyav = _open(data, num_threads=num_threads, limits=limits)
     layout = _Layout(container, pyav.timeline, request)
     unit = _Unit.of(layout.clips(pyav.timeline), clips)
     _check_bytes(unit.num_frames * sum(spec.frame_bytes for spec in inputs), max_unit_bytes)
@@ -345,14 +345,14 @@ def _plan_again(pyav: PyavDecoder, layout: _Layout, unit: _Unit, wanted: range |
     return _Unit.of(clips, wanted)
 
 
-def _open(data: Buffer, *, num_threads: int, max_pixels: int) -> tuple[Container, PyavDecoder]:
+def _open(data: Buffer, *, num_threads: int, limits: MediaLimits) -> tuple[Container, PyavDecoder]:
     container = sniff(data)
     if container.media_type != "video":
         raise DecodeError("unsupported_codec", f"a {container.format} image, not a video")
     if is_encrypted(data, container):
         raise DecodeError("unsupported_codec", "the video is encrypted")
     try:
-        return container, PyavDecoder(data, container, num_threads=num_threads, max_pixels=max_pixels)
+        return container, PyavDecoder(data, container, num_threads=num_threads, limits=limits)
     except ProbeError as error:
         if error.code == "undecodable" and breaks_off(data, container):
             raise ProbeError(

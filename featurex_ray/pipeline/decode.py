@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
-from featurex_ray.job import Isolation
+from featurex_ray.job import Isolation, Partial
 from featurex_ray.manifest import read_inline
 from featurex_ray.media.contained import ContainedWorkshop
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage
+from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, OwnProcess, Workshop
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
@@ -38,6 +39,8 @@ class DecodeSettings:
     decoder: DecoderPolicy
     isolation: Isolation = "process"
     limits: ProcessLimits = ProcessLimits()
+    media_limits: MediaLimits = MediaLimits()
+    partial: Partial = "use"
     max_in_flight: int = 32
 
     def order(self, row: dict[str, Any], *, cut: bool = False) -> Order:
@@ -55,7 +58,7 @@ class DecodeSettings:
 
     def workshop(self) -> Workshop:
         """Who decodes in this process."""
-        options = DecodeOptions(self.inputs, self.decoder)
+        options = DecodeOptions(self.inputs, self.decoder, self.media_limits, self.partial)
         if self.isolation == "none":
             return OwnProcess(options)
         return ContainedWorkshop(options, limits=self.limits)

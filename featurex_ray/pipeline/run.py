@@ -24,6 +24,7 @@ from featurex_ray.errors import RequestError, RunError, TableNotFoundError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
+from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.models.precision import resolve_precision
@@ -432,6 +433,8 @@ def _work(
         clip_stride_seconds=request.job.clip_stride_seconds,
         decoder=tables[0].facts.extractor["decoder"],
         isolation=request.job.isolation,
+        media_limits=_media_limits(request.job),
+        partial=request.job.partial,
         limits=ProcessLimits(
             memory_bytes=request.job.decode_memory << 20, item_seconds=request.job.decode_seconds
         ),
@@ -453,6 +456,16 @@ def _work(
 def _some_samples(tables: Sequence[FeatureTable], assignment: Assignment) -> pa.RecordBatch:
     index, plan = assignment.leader
     return tables[index].read_plan(plan, range(min(plan.num_samples, 1024))).combine_chunks().to_batches()[0]
+
+
+def _media_limits(job: ExtractionJob) -> MediaLimits:
+    return MediaLimits(
+        max_pixels=job.max_pixels,
+        max_seconds=job.max_media_seconds,
+        max_frames=job.max_media_frames,
+        max_streams=job.max_streams,
+        max_ratio=job.max_ratio,
+    )
 
 
 class Publisher:

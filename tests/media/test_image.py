@@ -9,6 +9,7 @@ from PIL import Image
 
 from featurex_ray.errors import DecodeError, ProbeError
 from featurex_ray.media.image import decode_image
+from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.preprocess import InputSpec, fit
 from tests.media.barcode import SHARED, encoded, film, photograph
 
@@ -142,7 +143,7 @@ def test_truncated_fails(image_format: str) -> None:
 def test_too_large_fails() -> None:
     data = encoded(Image.new("1", (3000, 3000)), "PNG")
     with pytest.raises(DecodeError, match="too_large: 3000x3000 pixels; the limit is 1,000,000"):
-        decode_image(data, inputs=[SMALL], max_pixels=1_000_000)
+        decode_image(data, inputs=[SMALL], limits=MediaLimits(max_pixels=1_000_000))
 
 
 def test_bomb_fails() -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from featurex_ray.errors import DecodeError, ProbeError, RequestError
 from featurex_ray.media import decord_backend
 from featurex_ray.media.decoder import DecoderPolicy
+from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import (
@@ -66,6 +67,31 @@ FILMS: dict[str, dict[str, object]] = {
     "mpeg2.mpg": {"container": "mpeg", "codec": "mpeg2video", "options": {"bf": "2"}},
     "mjpeg.avi": {"container": "avi", "codec": "mjpeg", "pixel_format": "yuvj420p"},
     "prores.mov": {"container": "mov", "codec": "prores_ks", "pixel_format": "yuv422p10le"},
+    "hevc.ts": {
+        "container": "mpegts", "codec": "libx265",
+        "options": {"preset": "ultrafast", "x265-params": "log-level=none:bframes=3"},
+    },
+    "hevc-10-bit.mkv": {
+        "container": "matroska", "codec": "libx265", "pixel_format": "yuv420p10le",
+        "options": {"preset": "ultrafast", "x265-params": "log-level=none"},
+    },
+    "vp9.mp4": {
+        "container": "mp4", "codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"},
+    },
+    "av1.mp4": {
+        "container": "mp4", "codec": "libsvtav1",
+        "options": {"preset": "12", "svtav1-params": "lookahead=0"},
+    },
+    "h264.mov": {"container": "mov", "codec": "libx264", "options": X264},
+    "mpeg4.mp4": {"container": "mp4", "codec": "mpeg4", "options": {"bf": "2"}},
+    "mpeg2-interlaced.mkv": {
+        "container": "matroska", "codec": "mpeg2video", "options": {"flags": "+ildct+ilme", "bf": "2"},
+    },
+    "mjpeg.mov": {"container": "mov", "codec": "mjpeg", "pixel_format": "yuvj422p"},
+    "prores.mkv": {"container": "matroska", "codec": "prores_ks", "pixel_format": "yuv422p10le"},
+    "flv1.flv": {"container": "flv", "codec": "flv"},
+    "ffv1.mkv": {"container": "matroska", "codec": "ffv1"},
+    "msmpeg4.avi": {"container": "avi", "codec": "msmpeg4"},
     "wmv2.asf": {"container": "asf", "codec": "wmv2"},
 }  # fmt: skip
 VARIABLE = [number if number < 20 else 20 + 3 * (number - 20) for number in range(60)]
@@ -328,7 +354,7 @@ def test_window_outside_fails() -> None:
 
 def test_too_large_picture_fails() -> None:
     with pytest.raises(DecodeError, match="too_large: 320x240 pixels; the limit is 1,000"):
-        plan_clips(media("h264.mp4"), request(), max_pixels=1000)
+        plan_clips(media("h264.mp4"), request(), limits=MediaLimits(max_pixels=1000))
 
 
 def test_header_cut_off_fails() -> None:
