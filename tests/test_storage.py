@@ -248,6 +248,53 @@ class TestReadPolicy:
         with pytest.raises(RefusedUriError, match=why):
             ReadPolicy(home, allow, only).check(uri)
 
+    @pytest.mark.parametrize(
+        "host",
+        [
+            *(
+                "127.0.0.1",
+                "127.0.0.1:8080",
+                "10.1.2.3",
+                "172.16.0.1",
+                "192.168.1.1",
+                "100.64.0.1",
+                "0.0.0.0",
+            ),
+            *(
+                "169.254.169.254",
+                "[::1]",
+                "[::]",
+                "[fe80::1]",
+                "[fe80::1%25eth0]",
+                "[fd00::1]",
+                "[fd00:ec2::254]",
+            ),
+            *("[::ffff:127.0.0.1]", "[::ffff:169.254.169.254]", "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]"),
+            *(
+                "2130706433",
+                "0x7f000001",
+                "017700000001",
+                "127.1",
+                "0x7f.1",
+                "169.254.43518",
+                "1.1.1.1@10.0.0.1",
+            ),
+            *("224.0.0.1", "255.255.255.255", "[ff02::1]", "[::1", "x.y@169.254.169.254:80", "10.0.0.1."),
+        ],
+    )
+    def test_private_hosts_fail(self, host: str) -> None:
+        policy = ReadPolicy(HOME, allow_prefixes=("http://", "https://"))
+        policy.check("https://example.com/x.jpg")
+        policy.check("http://8.8.8.8:8080/x.jpg")
+        policy.check("https://[2606:4700::1111]/x.jpg")
+        with pytest.raises(RefusedUriError, match=r"is refused|is malformed|has no valid"):
+            policy.check(f"http://{host}/x.jpg")
+
+    def test_a_private_address_may_be_named_but_no_link_local_one(self) -> None:
+        ReadPolicy(HOME, ("http://10.0.0.5:80/media",)).check("http://10.0.0.5:80/media/x.jpg")
+        with pytest.raises(RefusedUriError, match="link-local"):
+            ReadPolicy(HOME, ("http://169.254.169.254",)).check("http://169.254.169.254/latest")
+
     def test_prefix_fails(self) -> None:
         with pytest.raises(RefusedUriError, match="bucket"):
             ReadPolicy(HOME, ("s3:///x",))
@@ -523,6 +570,13 @@ class TestOtherStores:
         with fetcher(allow=(f"{store.endpoint}/pub",)) as reader:
             fetched = reader.fetch(f"{store.endpoint}/pub/a%20b%25.jpg?sig=1")
         assert (fetched.data, fetched.attempts) == (b"web", 3)
+
+    @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "user@127.0.0.1"])
+    def test_http_to_a_private_address_fails(self, store: FaultyStore, host: str) -> None:
+        """The whole web is allowed, and names lead inside: refused by the address, before any connection."""
+        store.objects["/x.jpg"] = b"internal"
+        error = failure(store.endpoint.replace("127.0.0.1", host) + "/x.jpg", allow=("http://",))
+        assert (error.code, error.attempts, store.requests) == ("refused_uri", 1, [])
 
     def test_http_in_parts(self, store: FaultyStore) -> None:
         store.objects["/pub/v.mp4"] = b"v" * 20_000_000

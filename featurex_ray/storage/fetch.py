@@ -31,6 +31,7 @@ from featurex_ray.storage.objects import (
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.tar import FIRST_WINDOW_BYTES, RangeReader, TarIndex, index_members
 from featurex_ray.storage.uri import WEB, Location, parse, redact
+from featurex_ray.storage.web import web_filesystem
 
 _WORTH_RETRYING = frozenset({"timeout", "unavailable"})
 _LONGEST_BACKOFF_SECONDS = 30.0
@@ -292,13 +293,15 @@ class Fetcher:
         return self._stores[location.scheme]
 
     def _connect(self, location: Location) -> Objects:
+        if location.scheme in WEB:
+            return WebObjects(web_filesystem(named=self._policy.named_hosts))
         try:
             store, _ = filesystem(str(location))
         except RequestError as error:
             raise FetchError("bad_request", str(error)) from error
         if location.scheme == "s3":
             return S3Objects(store)
-        return WebObjects(store) if location.scheme in WEB else AnyObjects(store, self._threads)
+        return AnyObjects(store, self._threads)
 
     def _refuse_too_large(self, location: Location, size: int) -> None:
         if size > self._max_object_bytes:

@@ -118,6 +118,8 @@ class WebObjects:
         try:
             async with session.get(url, headers=headers, allow_redirects=False) as reply:
                 yield reply
+        except RefusedUriError as error:
+            raise FetchError("refused_uri", str(error)) from error
         except TimeoutError as error:
             raise FetchError("timeout", f"{redact(str(location))!r} did not answer") from error
         except aiohttp.ClientError as error:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from featurex_ray.errors import RefusedUriError
 from featurex_ray.storage.uri import WEB, Location, has_parent_segment, parse, redact
+from featurex_ray.storage.web import hosts, objection_to_host
 
 OBJECT_STORES = frozenset({"s3", "gs", "az", "abfs", "abfss", "adl", "oci", "oss", "hdfs"})
 """Schemes that a local manifest may name without being told so."""
@@ -103,9 +104,14 @@ class ReadPolicy:
         Returns:
             Booleans: true where `check` is certain to pass, false where it must be asked.
         """
-        if self._only:
+        if self._only or self._home.scheme in WEB:
             return pa.array([False] * len(uris), pa.bool_())
         return pc.fill_null(pc.match_substring_regex(uris, self._plain_pattern), False)
+
+    @cached_property
+    def named_hosts(self) -> frozenset[str]:
+        """Web hosts that the user named in a prefix."""
+        return hosts({prefix.root for prefix in self._allowed if prefix.scheme in WEB})
 
     @property
     def _is_local(self) -> bool:
@@ -114,6 +120,8 @@ class ReadPolicy:
     def _objection(self, location: Location) -> str | None:
         if self._only and not _any_covers(self._only, location):
             return "it lies outside of --only-prefix"
+        if location.scheme in WEB and _any_covers(self._allowed, location):
+            return objection_to_host(location.root, named=self.named_hosts)
         if _any_covers(self._allowed, location) or self._is_home(location):
             return None
         if location.scheme in WEB:
