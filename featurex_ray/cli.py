@@ -453,6 +453,20 @@ def extractors(as_json: bool) -> None:
     print_rows([dataclasses.asdict(row) for row in rows])
 
 
+@cli.command("convert-weights")
+@click.argument("source")
+@click.argument("output")
+@click.option(
+    "--key", metavar="NAME", help="Where in the file the tensors are. Default: state_dict, model, ..."
+)
+def convert_weights(source: str, output: str, key: str | None) -> None:
+    """Convert a pickled state dict (.pt, .pth) to safetensors, in a process that can do nothing else."""
+    from featurex_ray.models.convert import convert_weights as convert
+
+    made = convert(source, output, key=key)
+    click.echo(f"{made.num_tensors} tensors; pinned: --weights {made.uri}#sha256={made.sha256}")
+
+
 @cli.command()
 @click.argument("table")
 @click.argument("sql")

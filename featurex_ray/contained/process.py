@@ -95,7 +95,7 @@ class ContainedProcess:
         return None if self._child is None else self._child.pid
 
     def run(self, items: Sequence[tuple[object, Buffer]]) -> Iterator[list[Any]]:
-        """Have some items worked on, whose bytes fit into the inbox together.
+        """Have some items worked on: several whose bytes fit into the inbox together, or one of any size.
 
         Yields:
             Lists of results, in the items' order. What they refer to in `outbox` is there until
@@ -104,16 +104,15 @@ class ContainedProcess:
         Raises:
             ChildLostError: The child ended, or was ended at its deadline; what was yielded is good.
         """
+        if len(items) == 1 and len(items[0][1]) > INBOX_BYTES:
+            yield from self._run_large(*items[0])
+            return
         placed, used = [], 0
         for item, data in items:
             self._inbox[used : used + len(data)] = data
             placed.append((item, used, used + len(data)))
             used += len(data)
         yield from self._run(placed, self._readable_inbox)
-
-    def run_large(self, item: object, file: int) -> Iterator[list[Any]]:
-        """The same for one item whose bytes are a file that is open for reading."""
-        yield from self._run([(item, 0, os.fstat(file).st_size)], file)
 
     @property
     def outbox(self) -> mmap.mmap:
@@ -138,6 +137,13 @@ class ContainedProcess:
         if self._template is not None:
             self._template.close()
         self._template = None
+
+    def _run_large(self, item: object, data: Buffer) -> Iterator[list[Any]]:
+        file = _file_of(data)
+        try:
+            yield from self._run([(item, 0, len(data))], file)
+        finally:
+            os.close(file)
 
     def _run(self, placed: Sequence[tuple[object, int, int]], file: int) -> Iterator[list[Any]]:
         child = self._child or self._fork()
@@ -283,6 +289,21 @@ def _shared_memory(num_bytes: int) -> tuple[int, mmap.mmap]:
 
 def _read_only(file: int) -> int:
     return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _file_of(data: Buffer) -> int:
+    """A file with these bytes, open for reading only: the one that is mapped, else a copy in memory."""
+    descriptor = getattr(data, "descriptor", None)
+    if descriptor is None:
+        descriptor = os.memfd_create("featurex-media", os.MFD_CLOEXEC)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(descriptor)
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _told(exit_code: int, error: Exception) -> str:

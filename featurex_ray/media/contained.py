@@ -3,7 +3,6 @@
 import io
 import math
 import mmap
-import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -89,7 +88,7 @@ class ContainedWorkshop:
     def _answers(self, orders: Sequence[tuple[Order, Buffer]]) -> Iterator[list[Done]]:
         """What the child says of a batch, as far as it can be true."""
         answered = 0
-        for told in self._told(orders):
+        for told in self.process.run(orders):
             answers = []
             for each in told:
                 try:
@@ -101,17 +100,6 @@ class ContainedWorkshop:
                     ) from error
                 answered += 1
             yield answers
-
-    def _told(self, orders: Sequence[tuple[Order, Buffer]]) -> Iterator[list[Any]]:
-        order, data = orders[0]
-        if len(data) <= INBOX_BYTES:
-            yield from self.process.run(orders)
-            return
-        file = _file_of(data)
-        try:
-            yield from self.process.run_large(order, file)
-        finally:
-            os.close(file)
 
 
 class Decoder:
@@ -301,18 +289,3 @@ def _batch(orders: Sequence[tuple[Order, Buffer]], waiting: Sequence[int]) -> li
             break
         batch.append(place)
     return batch
-
-
-def _file_of(data: Buffer) -> int:
-    """A file with these bytes, open for reading only: the one that is mapped, else a copy in memory."""
-    descriptor = getattr(data, "descriptor", None)
-    if descriptor is None:
-        descriptor = os.memfd_create("featurex-media", os.MFD_CLOEXEC)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(descriptor)
-    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)

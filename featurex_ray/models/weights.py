@@ -57,9 +57,10 @@ def read_weights(uri: str) -> WeightsFile:
     if place.lower().endswith(_PICKLES):
         raise WeightsError(
             f"{without_credentials(place)} is a pickle, which can run code when it is loaded; "
-            "--weights takes safetensors: save it with safetensors.torch.save_file(model.state_dict(), ...)"
+            "--weights takes safetensors: "
+            f"featurex convert-weights {without_credentials(place)} {Path(place).stem}.safetensors"
         )
-    data = _read(place)
+    data = read_file(place)
     sha256 = hashlib.sha256(data).hexdigest()
     for told_by, told in (("the pin", pin), ("its card", _card_sha256(place))):
         if told is not None and told != sha256:
@@ -144,7 +145,12 @@ def _pin(uri: str, fragment: str) -> str | None:
     return match[1].lower()
 
 
-def _read(uri: str) -> bytes:
+def read_file(uri: str) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        WeightsError: It is missing or unreadable.
+    """
     try:
         with fsspec.open(uri, "rb") as file:
             data: bytes = file.read()

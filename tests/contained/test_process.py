@@ -13,6 +13,7 @@ import pytest
 
 from featurex_ray.contained import ChildLostError, ContainedProcess, ProcessLimits
 from featurex_ray.errors import RunError
+from featurex_ray.storage.mapped import MappedFile
 
 REFUSED = "PermissionError"
 
@@ -52,8 +53,9 @@ def test_bytes_go_in_and_results_come_out(process: ContainedProcess) -> None:
 def test_a_file_is_handed_over_as_a_descriptor(process: ContainedProcess, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"ABCDEFGH" + bytes(40 << 20))
     with (tmp_path / "large").open("rb") as file:
-        told = list(process.run_large("data:", file.fileno()))
-    assert told == [[[(40 << 20) + 8, b"ABCDEFGH".hex()]]]
+        mapped = MappedFile.of(file.fileno())
+    for form in (mapped, bytes(mapped)):
+        assert answers(process, "data:", data=form) == [[(40 << 20) + 8, b"ABCDEFGH".hex()]]
 
 
 @pytest.mark.parametrize("trial", ["open", "stat", "write"])
