@@ -96,7 +96,7 @@ def test_malicious_weights_fail(name: str, tmp_path: Path) -> None:
 
 
 def test_the_files_do_run_code_elsewhere(tmp_path: Path) -> None:
-    """Else the campaign would prove nothing: plain unpickling sets off all but the harmless getattr and tar."""
+    """Else the campaign would prove nothing: plain unpickling sets off all but getattr and tar."""
     assert len(NAMES) == 12
     struck = []
     for name, data in files(str(tmp_path / "canary")).items():
