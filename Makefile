@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check format benchmark clean
+.PHONY: help demo test torture-hostile check format benchmark clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -24,6 +24,9 @@ demo: $(INSTALLED)  ## Run the whole thing on bundled media and an embedded S3 s
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest
+
+torture-hostile: $(INSTALLED)  ## Run the campaigns with hostile media at full counts
+	FEATUREX_TORTURE=1 $(BIN)/python -m pytest -s tests/hostile
 
 check: $(INSTALLED)  ## Lint, types, layers: what CI checks
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

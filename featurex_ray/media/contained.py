@@ -23,6 +23,7 @@ from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.sniff import Buffer
 from featurex_ray.media.video import MAX_UNIT_BYTES, Clip, ClipRequest, DecodedVideo
 
+DECODER = "featurex_ray.media.contained:Decoder"
 _MOST_ORDERS = 1024
 _TRIES = 2
 _MOST = (1 << 31) - 1
@@ -52,7 +53,7 @@ class ContainedWorkshop:
         options: DecodeOptions,
         *,
         limits: ProcessLimits | None = None,
-        handler: str = "featurex_ray.media.contained:Decoder",
+        handler: str = DECODER,
     ) -> None:
         self._inputs = options.inputs
         frame_bytes = sum(spec.frame_bytes for spec in options.inputs)

@@ -15,7 +15,7 @@ from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
 from featurex_ray.job import Isolation, Partial
 from featurex_ray.manifest import read_inline
-from featurex_ray.media.contained import ContainedWorkshop
+from featurex_ray.media.contained import DECODER, ContainedWorkshop
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage
 from featurex_ray.media.limits import MediaLimits
@@ -41,6 +41,7 @@ class DecodeSettings:
     limits: ProcessLimits = ProcessLimits()
     media_limits: MediaLimits = MediaLimits()
     partial: Partial = "use"
+    handler: str = DECODER  # what decodes in the child; tests bring their own
     max_in_flight: int = 32
 
     def order(self, row: dict[str, Any], *, cut: bool = False) -> Order:
@@ -61,7 +62,7 @@ class DecodeSettings:
         options = DecodeOptions(self.inputs, self.decoder, self.media_limits, self.partial)
         if self.isolation == "none":
             return OwnProcess(options)
-        return ContainedWorkshop(options, limits=self.limits)
+        return ContainedWorkshop(options, limits=self.limits, handler=self.handler)
 
 
 # Most orders of a run are equal, and one that is made once costs less to hand over than many.

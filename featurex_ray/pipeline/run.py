@@ -38,7 +38,7 @@ from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
 from featurex_ray.pipeline.source import Assignment, slices_of
-from featurex_ray.storage import ReadPolicy
+from featurex_ray.storage import ReadPolicy, redact
 from featurex_ray.table.facts import TableFacts, read_facts
 from featurex_ray.table.plan import Plan
 from featurex_ray.table.probe import probe_store
@@ -135,7 +135,7 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
         RunError: The run failed and can be run again.
     """
     job, started = request.job, request.started
-    progress.say(f"{request.manifest.num_samples:,} samples in {job.manifest}")
+    progress.say(f"{request.manifest.num_samples:,} samples in {redact(job.manifest)}")
     with _cluster():
         if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
             connect(job)
@@ -199,7 +199,7 @@ def plan_only(job: ExtractionJob, *, prune: bool = False) -> list[str]:
 
 def preview(request: Request, *, prune: bool = False) -> list[str]:
     """What carrying out a request would do, as lines; nothing is written."""
-    lines = [f"{request.manifest.num_samples:,} samples in {request.job.manifest}, refused 0"]
+    lines = [f"{request.manifest.num_samples:,} samples in {redact(request.job.manifest)}, refused 0"]
     for index, extractor in enumerate(request.job.extractors):
         name = request.job.table_of(extractor)
         lines.append(f"  {name}: {_preview(request, index, name, prune=prune)}")
@@ -338,7 +338,7 @@ def _new_report(request: Request, tables: Sequence[FeatureTable]) -> RunReport:
     ]
     return RunReport(
         run_id=new_run_id(),
-        job=dataclasses.asdict(request.job),
+        job=_without_secrets(dataclasses.asdict(request.job)),
         tables=reports,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
@@ -456,6 +456,17 @@ def _work(
 def _some_samples(tables: Sequence[FeatureTable], assignment: Assignment) -> pa.RecordBatch:
     index, plan = assignment.leader
     return tables[index].read_plan(plan, range(min(plan.num_samples, 1024))).combine_chunks().to_batches()[0]
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A job's values for its report: URIs without credentials and signatures."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return redact(value)
+        return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+    return {name: plain(value) for name, value in values.items()}
 
 
 def _media_limits(job: ExtractionJob) -> MediaLimits:
