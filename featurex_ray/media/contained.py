@@ -160,7 +160,7 @@ def _answer(outcome: Outcome, outbox: Outbox) -> list[Any]:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).data.cast("B")
+    return (array if array.flags.c_contiguous else np.ascontiguousarray(array)).data.cast("B")
 
 
 def _believed(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox: mmap.mmap) -> Done:
@@ -169,25 +169,28 @@ def _believed(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox
     Raises:
         ValueError: It can't be true; other errors of wrong types likewise.
     """
-    kind, *facts, seconds = told
-    if not 0 <= _number(seconds) < math.inf:
-        raise ValueError(f"{seconds} seconds")
+    kind, seconds = told[0], told[-1]
+    if type(seconds) is not float or not 0 <= seconds < math.inf:
+        raise ValueError("no seconds")
     if kind == "error":
-        stage, code, message = facts
+        _, stage, code, message, _ = told
         if not (str(code).isidentifier() and len(code) <= 40 and len(message) <= 1000):
             raise ValueError("an error without a code")
         return Done(_STAGES[stage](code, str(message)), seconds)
     if order.cut:
-        return Done(_units(kind, facts), seconds)
-    width, height, complete, place = facts[:4]
-    size: dict[str, Any] = {"width": _count(width), "height": _count(height), "complete": complete is True}
-    memory = _Memory(outbox, _count(place, least=HEADER_BYTES))
+        return Done(_units(kind, told[1:-1]), seconds)
     if kind == "image":
-        frames = tuple(array[0] for array in memory.frames(1, inputs))
-        return Done(DecodedImage(frames=frames, **size), seconds)
-    if kind != "video":
-        raise ValueError("an outcome of no kind")
-    return Done(_video(facts[4:], size, memory, order, inputs), seconds)
+        return Done(_image(told, inputs, outbox), seconds)
+    if kind == "video":
+        return Done(_video(told, order, inputs, outbox), seconds)
+    raise ValueError("an outcome of no kind")
+
+
+def _image(told: list[Any], inputs: Sequence[InputSpec], outbox: mmap.mmap) -> DecodedImage:
+    _, width, height, complete, place, _ = told
+    memory = _Memory(outbox, place)
+    frames = tuple([memory.bytes(spec.frame_bytes).reshape(spec.height, spec.width, 3) for spec in inputs])
+    return DecodedImage(frames, _count(width), _count(height), complete is True)
 
 
 def _units(kind: str, facts: list[Any]) -> list[range]:
@@ -199,10 +202,9 @@ def _units(kind: str, facts: list[Any]) -> list[range]:
     return units
 
 
-def _video(
-    facts: list[Any], size: dict[str, Any], memory: "_Memory", order: Order, inputs: Sequence[InputSpec]
-) -> DecodedVideo:
-    decoder, num_decoded, num_clips, num_rows = facts
+def _video(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox: mmap.mmap) -> DecodedVideo:
+    _, width, height, complete, place, decoder, num_decoded, num_clips, num_rows, _ = told
+    memory = _Memory(outbox, place)
     if decoder not in ("pyav", "decord"):
         raise ValueError("a decoder of no name")
     table = memory.floats(_count(num_rows) * 4).reshape(-1, 4)
@@ -211,68 +213,56 @@ def _video(
         raise ValueError("clips without frames")
     pts = memory.floats(int(lengths.sum()))
     indices = [int(index) for index in table[:, 0]]
-    first = indices[0] if order.clips is None else order.clips.start
-    last = _count(num_clips) if order.clips is None else order.clips.stop
-    if indices != list(range(first, last)) or last > num_clips or (order.clips is None and first):
+    wanted = order.clips or range(_count(num_clips))
+    # Lengths first: a number of clips that nobody could list must not be listed here.
+    if len(indices) != len(wanted) or indices != list(wanted) or wanted.stop > _count(num_clips):
         raise ValueError("clips that were not asked for")
+    times = np.split(pts, np.cumsum(lengths)[:-1])
     clips = tuple(
-        Clip(index, float(start), float(end), times)
-        for (index, start, end), times in zip(
-            ((int(row[0]), row[1], row[2]) for row in table),
-            np.split(pts, np.cumsum(lengths)[:-1]),
-            strict=True,
-        )
+        Clip(index, float(row[1]), float(row[2]), shown)
+        for index, row, shown in zip(indices, table, times, strict=True)
     )
     return DecodedVideo(
         clips=clips,
         num_clips=num_clips,
-        frames=memory.frames(len(pts), inputs),
+        frames=tuple(
+            memory.bytes(len(pts) * spec.frame_bytes).reshape(-1, spec.height, spec.width, 3)
+            for spec in inputs
+        ),
+        width=_count(width),
+        height=_count(height),
+        complete=complete is True,
         decoder=decoder,
         num_decoded=_count(num_decoded, least=0),
-        **size,
     )
 
 
 class _Memory:
     """Reads arrays out of shared memory, one after another, inside its bounds."""
 
-    def __init__(self, memory: mmap.mmap, place: int) -> None:
+    def __init__(self, memory: mmap.mmap, place: Any) -> None:
         self._memory = memory
-        self._place = place
+        self._place = _count(place, least=HEADER_BYTES)
 
     def floats(self, count: int) -> np.ndarray:
         """(count,) float64, all finite."""
-        values = np.frombuffer(self._take(count * 8), np.float64)
+        values = self.bytes(count * 8).view(np.float64)
         if not np.isfinite(values).all():
             raise ValueError("times that are no numbers")
         return values
 
-    def frames(self, count: int, inputs: Sequence[InputSpec]) -> tuple[np.ndarray, ...]:
-        """One (count, H, W, 3) uint8 array per input."""
-        return tuple(
-            np.frombuffer(self._take(count * spec.frame_bytes), np.uint8).reshape(
-                -1, spec.height, spec.width, 3
-            )
-            for spec in inputs
-        )
-
-    def _take(self, num_bytes: int) -> bytes:
-        first, self._place = self._place, self._place + num_bytes
+    def bytes(self, count: int) -> np.ndarray:
+        """(count,) uint8, copied."""
+        first, self._place = self._place, self._place + count
         if not 0 <= first <= self._place <= len(self._memory):
             raise ValueError("results that lie outside of their memory")
-        return self._memory[first : self._place]
+        return np.frombuffer(self._memory[first : self._place], np.uint8)
 
 
 def _count(value: Any, *, least: int = 1) -> int:
-    if type(value) is not int or not least <= value <= _MOST:
-        raise ValueError(f"an impossible number: {value!r:.40}")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise ValueError("no number")
-    return float(value)
+    if type(value) is int and least <= value <= _MOST:
+        return value
+    raise ValueError(f"an impossible number: {value!r:.40}")
 
 
 def _failure(error: ChildLostError) -> DecodeError:

@@ -174,6 +174,8 @@ FORGERIES = [
     '["video", 8, 8, True, 64, "pyav", 1, 1, 1, 0.1]',
     '["video", 8, 8, True, 64, "other", 1, 1, 1, 0.1]',
     '["video", 8, 8, True, 64, "pyav", 1, 1, 1 << 30, 0.1]',
+    '["video", 8, 8, True, 64, "pyav", 1, (1 << 31) - 1, 1, 0.1]',
+    '["image", 8, 8, True, 64, 99, 0.1]',
     '["units", [[0, 1]], 0.1]',
     '["error", "fetch", "not_found", "", 0.1]',
     '["error", "decode", "a code of words", "", 0.1]',
