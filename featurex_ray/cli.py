@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import logging
+import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,20 @@ class FeaturexCommand(click.Command):
                 formatter.write_dl(records)
 
 
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM (`ray job stop`, a scheduler, a node that is drained) ends a command as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class FeaturexGroup(click.Group):
     """Turns the package's errors into exit codes: 2 for a wrong request, 1 for a failed run."""
 
@@ -56,7 +72,11 @@ class FeaturexGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors raised on purpose become one message and an exit code."""
         try:
-            return super().invoke(ctx)
+            with stopped_by_sigterm():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("featurex: stopped; what is done is kept, run it again to go on", err=True)
+            ctx.exit(EXIT_FAILED)
         except RequestError as error:
             click.echo(f"featurex: {error}", err=True)
             ctx.exit(EXIT_REQUEST)
@@ -438,6 +458,22 @@ def export_delta(table: str) -> None:
 
     uri, version, num_objects = export(open_table(table))
     click.echo(f"{uri}: Delta version {version}, {num_objects:,} objects")
+
+
+@cli.command()
+@click.argument("output")
+@click.option("--runs", default=20, show_default=True, help="How many past runs to show, the latest first.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(output: str, runs: int, as_json: bool) -> None:
+    """Show what runs did to the tables below OUTPUT, and what is still open; needs no cluster."""
+    from featurex_ray.table.status import status_of
+
+    found = dataclasses.asdict(status_of(output, most_runs=runs))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    print_rows(found["open_plans"], title="open plans")
+    print_rows(found["runs"], title="past runs")
 
 
 @cli.command()

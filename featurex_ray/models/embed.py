@@ -95,6 +95,7 @@ class Embedder:
         self._scale = 1 / (255 * std)
         self._shift = -torch.tensor(self.spec.mean, device=self.device).view(3, 1, 1) / std
         self._copies = _copy_stream(self.device)
+        self.num_rows = self.num_slots = 0  # of device batches so far: what they held, what they had room for
         if precision == "fp32":
             # TF32 keeps ten bits; the same frame would differ in the third digit between batch sizes.
             torch.backends.cudnn.allow_tf32 = False
@@ -174,6 +175,8 @@ class Embedder:
             with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
                 output = call(self._upload(items, padded))
             feature, attention = output if isinstance(output, tuple) else (output, None)
+            self.num_rows += rows
+            self.num_slots += batch
             features.append(feature[:rows].float())
             if attention is not None:
                 attentions.append(attention[:rows].float())

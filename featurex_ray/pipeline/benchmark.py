@@ -222,8 +222,9 @@ def _embed_alone(embedder: Embedder, units: pa.Table) -> StageCost:
 def _run_pipeline(job: ExtractionJob) -> tuple[int, dict[str, float]]:
     import ray
 
+    from featurex_ray.pipeline.connect import connect
     from featurex_ray.pipeline.progress import console_progress
-    from featurex_ray.pipeline.run import connect, run
+    from featurex_ray.pipeline.run import run
 
     connect(job)
     report = run(job, progress=console_progress())

@@ -1,4 +1,4 @@
-"""Fetch and decode: units in, units with uint8 frames out. Knows no Ray and no torch."""
+"""Fetch and decode: units in, units with uint8 frames out. Knows no torch."""
 
 import hashlib
 import threading
@@ -23,6 +23,7 @@ from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, OwnPro
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
+from featurex_ray.pipeline import metrics
 from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, peak_bytes, to_table
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
 
@@ -181,11 +182,17 @@ class DecodeMedia:
     def __call__(self, units: pa.Table) -> pa.Table:
         """Units (or planned samples, which are units then) -> units with frames."""
         rows = [row if "unit_index" in row else whole_unit(row) for row in units.to_pylist()]
+        start = time.perf_counter()
         media = fetch_media([row for row in rows if not row.get("error")], self._fetcher)
+        # What fetching took of the actor's time; the objects of a block are fetched at the same time.
+        costs = {"fetch_seconds": (time.perf_counter() - start) / max(len(rows), 1)}
         with self._decoding:
             decoded = self._decode(rows, media)
             peak = max(peak_bytes(), self._workshop.peak_bytes())
-        return to_table([row | {"decode_peak_bytes": peak} for row in decoded], self._schema)
+        costs["decode_peak_bytes"] = peak
+        decoded = [row | costs for row in decoded]
+        metrics.count_decoded(decoded)
+        return to_table(decoded, self._schema)
 
     def _decode(self, rows: list[dict[str, Any]], media: dict[Any, Media]) -> list[dict[str, Any]]:
         found = [None if row.get("error") else media[media_key(row)] for row in rows]
@@ -208,7 +215,6 @@ def _media_columns(media: Fetched) -> dict[str, Any]:
         "etag": media.etag,
         "media_sha256": hashlib.sha256(media.data).hexdigest(),
         "fetched_bytes": len(media.data),
-        "fetch_seconds": media.seconds,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 from ray.data import ActorPoolStrategy
 
 from featurex_ray.errors import RequestError
@@ -44,6 +45,21 @@ VIDEOS_PER_EXTRACT = {False: 4, True: 16}
 _VIDEO_NAME = r"(?i)\.(mp4|m4v|mov|mkv|webm|avi|ts|m2ts|mts|mpg|mpeg|vob|flv|ogv|wmv|asf|3gp)$"
 
 
+def cluster_resources() -> dict[str, float]:
+    """CPUs and GPUs that the cluster has or, where it autoscales, can grow to.
+
+    A cluster that scales from zero has none yet; actors that wait for their nodes are what makes it grow.
+    """
+    now = ray.cluster_resources()
+    # Ray's own libraries read the autoscaler's limits there; it has no public name yet.
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {
+        name: max(now.get(name, 0.0), min(float(limits.get(name, 0)), MANY))
+        for name in ("CPU", "GPU")
+        if name in now or name in limits
+    }
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """How much work a block carries: little enough to spread and to redo, enough to pay.
@@ -72,7 +88,7 @@ def block_shape(
         first: Some of the manifest's samples; they tell of what kind the others are.
         num_samples: Samples to do.
         windowed: Whether videos are cut; one of them is then a block's work.
-        resources: As `ray.cluster_resources()` gives them.
+        resources: As `cluster_resources()` gives them.
     """
     kind = _kind(first)
     spread = math.ceil(num_samples / (BLOCKS_PER_CPU * max(resources.get("CPU", 1), 1)))
@@ -156,7 +172,7 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Dep
 
     Args:
         job: Its bounds win over what the resources suggest.
-        resources: As `ray.cluster_resources()` gives them.
+        resources: As `cluster_resources()` gives them.
         most: Actors that a pool has at most, where the job sets no bounds.
 
     Raises:

@@ -167,7 +167,7 @@ def examine_cluster(uri: str, address: str | None) -> Iterator[Check]:
     """Every node: what it has, whether it runs the same versions, whether it reaches the store."""
     import ray
 
-    from featurex_ray.pipeline.run import connect
+    from featurex_ray.pipeline.connect import connect
 
     try:
         connect(ExtractionJob(manifest="-", output=uri, extractor="-", address=address))

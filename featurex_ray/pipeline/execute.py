@@ -12,10 +12,12 @@ import ray
 from ray.data import DataContext, Dataset, TaskPoolStrategy
 
 from featurex_ray.errors import RunError
+from featurex_ray.pipeline.bounds import Watched
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, cut
 from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, BlockShape, Deployment
 from featurex_ray.pipeline.extract import ExtractFeatures, ExtractSettings
 from featurex_ray.pipeline.source import Assignment, SampleSource, Slice
+from featurex_ray.pipeline.watch import watch
 from featurex_ray.pipeline.write import StageParts
 from featurex_ray.table.table import FeatureTable
 
@@ -121,13 +123,18 @@ class Tracker:
         return True
 
 
-def run_pipeline(work: Work) -> Iterator[pa.Table]:
+def run_pipeline(work: Work, watched: Watched) -> Iterator[pa.Table]:
     """Execute the pipeline; yields what the writer tells, schema `STAGED`, as it comes.
+
+    Args:
+        work: What to do.
+        watched: Takes what is seen of the execution.
 
     Raises:
         RunError: A stage failed for good; the run can be run again.
     """
     configure(DataContext.get_current())
+    watch(DataContext.get_current(), watched)
     try:
         yield from build_dataset(work).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0

@@ -1,4 +1,4 @@
-"""Extract: units with frames in, units with features out. Knows no Ray; the device is asked here."""
+"""Extract: units with frames in, units with features out. The device is asked here."""
 
 import time
 from collections.abc import Sequence
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurex_ray.errors import ExtractError
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.models.registry import ResolvedExtractor
+from featurex_ray.pipeline import metrics
 from featurex_ray.pipeline.units import COSTS, CUT, MEDIA, error_struct, extracted_schema, peak_bytes
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class ExtractFeatures:
             for s in settings
         ]
         self._schema = extracted_schema(len(settings))
+        self._idle_since = time.perf_counter()
+        self._batches = 0, 0  # rows and slots of device batches, as told so far
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Units with frames -> units with results; no row is lost, no frame is kept."""
@@ -62,9 +66,19 @@ class ExtractFeatures:
             self._extract(units, s, embedder)
             for s, embedder in zip(self._settings, self._embedders, strict=True)
         ]
+        self._tell(results, start)
         seconds = (time.perf_counter() - start) / max(len(units), 1)
         costs = [pa.repeat(pa.scalar(cost), len(units)) for cost in (seconds, peak_bytes())]
         return pa.table([*kept.columns, *results, *costs], schema=self._schema)
+
+    def _tell(self, results: Sequence[pa.Array], start: float) -> None:
+        now = time.perf_counter()
+        clips = sum(pc.sum(pc.list_value_length(r.field("features"))).as_py() or 0 for r in results)
+        metrics.count_extracted(clips=clips, seconds=now - start, waited=start - self._idle_since)
+        rows, slots = self._batches
+        self._batches = sum(e.num_rows for e in self._embedders), sum(e.num_slots for e in self._embedders)
+        metrics.count_batches(rows=self._batches[0] - rows, slots=self._batches[1] - slots)
+        self._idle_since = now
 
     def _extract(self, units: pa.Table, settings: ExtractSettings, embedder: "Embedder") -> pa.Array:
         rows = _UnitRows.read(units, settings)

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurex_ray.pipeline.bounds import Watched, shares
 from featurex_ray.pipeline.units import peak_bytes
 
 STAGES = ("fetch", "decode", "extract", "write")
@@ -70,6 +71,7 @@ class RunReport:
     Attributes:
         stage_seconds: Seconds of all workers together, by stage.
         peak_bytes: The most memory of the largest process of each pool, and of the driver.
+        watched: What was seen of the execution from inside.
     """
 
     run_id: str
@@ -84,6 +86,7 @@ class RunReport:
     fetched_bytes: int = 0
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     peak_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(POOLS, 0))
+    watched: Watched = field(default_factory=Watched)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -118,6 +121,11 @@ class RunReport:
         self.seconds = round(time.monotonic() - started, 3)
         self.peak_bytes["driver"] = peak_bytes()
 
+    def bounded_by(self) -> dict[str, float]:
+        """What held the run up (storage, decode, extract or write), as shares of its time."""
+        spent = self.stage_seconds
+        return shares(self.watched.bounds, fetch_seconds=spent["fetch"], decode_seconds=spent["decode"])
+
     def rates(self) -> dict[str, float]:
         """Clips a second: over the whole run, and a worker's in each stage."""
         rates = {"run": self.num_clips / self.seconds if self.seconds else 0.0}
@@ -132,6 +140,7 @@ class RunReport:
             "planned": self.planned,
             "failed": self.failed,
             "clips_per_second": self.rates(),
+            "watched": vars(self.watched) | {"bounds": self.bounded_by()},
         }
 
 
@@ -191,13 +200,26 @@ def _weights(weights: Any) -> str:
 def _rate_lines(report: RunReport) -> list[str]:
     rates = report.rates()
     stages = ", ".join(f"{s} {report.stage_seconds[s]:.1f} s" for s in STAGES)
-    peaks = ", ".join(f"{name} {peak / 2**20:,.0f} MiB" for name, peak in report.peak_bytes.items())
+    peaks = ", ".join(f"{name} {_mib(peak)}" for name, peak in report.peak_bytes.items())
     return [
         f"  {_plural(report.num_clips, 'clip')} ({_plural(report.num_frames, 'frame')}, "
         f"{report.fetched_bytes / 1e6:.1f} MB fetched), {rates['run']:.1f} clips/s",
         f"  worker seconds: {stages}; {report.startup_seconds:.1f} s until the first clip",
         f"  peak memory of a process: {peaks}",
+        f"  object store: peak {_mib(report.watched.object_store_peak_bytes)}, "
+        f"spilled {_mib(report.watched.spilled_bytes)}",
+        f"  bounded by: {_bounds(report.bounded_by())}",
     ]
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def _bounds(bounded_by: Mapping[str, float]) -> str:
+    if not bounded_by:
+        return "nothing but its start"
+    return ", ".join(f"{stage} ({share:.0%} of the time)" for stage, share in bounded_by.items())
 
 
 def _plural(count: int, noun: str) -> str:

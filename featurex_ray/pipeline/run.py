@@ -1,7 +1,6 @@
 """One run from manifest to published tables: prepare, plan, execute, publish, report."""
 
 import dataclasses
-import logging
 import os
 import secrets
 import socket
@@ -29,12 +28,21 @@ from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.models.precision import resolve_precision
 from featurex_ray.models.registry import ResolvedExtractor, resolve
+from featurex_ray.pipeline import events, metrics
 from featurex_ray.pipeline.agenda import Agenda, ManifestAgenda, SampleSet
 from featurex_ray.pipeline.claims import Claims
+from featurex_ray.pipeline.connect import connect, hosts, refuse_local_store_on_many_hosts
 from featurex_ray.pipeline.decode import DecodeSettings
-from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, block_shape, deploy, most_actors
+from featurex_ray.pipeline.deploy import (
+    SMALL_TASK_CPUS,
+    block_shape,
+    cluster_resources,
+    deploy,
+    most_actors,
+)
 from featurex_ray.pipeline.execute import Tracker, Work, first_line, run_pipeline
 from featurex_ray.pipeline.extract import ExtractSettings
+from featurex_ray.pipeline.preflight import ask_nodes
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
 from featurex_ray.pipeline.source import Assignment, slices_of
@@ -43,7 +51,7 @@ from featurex_ray.table.facts import TableFacts, read_facts
 from featurex_ray.table.plan import Plan
 from featurex_ray.table.probe import probe_store
 from featurex_ray.table.publish import Published
-from featurex_ray.table.store import LocalStore, ObjectStore, open_store
+from featurex_ray.table.store import ObjectStore, open_store
 from featurex_ray.table.table import FeatureTable
 
 POLL_SECONDS = 2.0
@@ -139,10 +147,12 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
     with _cluster():
         if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
             connect(job)
-            _refuse_local_store_on_many_hosts(request.store)
+            refuse_local_store_on_many_hosts(request.store)
+            ask_nodes(request.store)
         probe_store(request.store)
         tables = [_open_table(request, index) for index in range(len(request.extractors))]
         report = _new_report(request, tables)
+        events.bind(run_id=report.run_id)
         claims = Claims(tables, report.run_id)
         with claims.beating():
             # Again after each round: other runs may have planned meanwhile what blocked ours.
@@ -231,26 +241,6 @@ def _cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def connect(job: ExtractionJob) -> None:
-    """Connect to the job's cluster, or start a local one; does nothing where Ray is connected.
-
-    Raises:
-        RequestError: There is no cluster at the address.
-    """
-    if ray.is_initialized():
-        return
-    address = job.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        # The daemons' complaints on the way down are of no use on a laptop's terminal.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name in ("ray", "ray._private.authentication"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=address != "local")
-    except ConnectionError as error:
-        raise RequestError(f"no Ray cluster at {address}: {error}") from error
-
-
 def _open_table(request: Request, index: int) -> FeatureTable:
     """The table of one extractor; what is `auto` is resolved when it is made, and kept."""
     job = request.job
@@ -277,23 +267,10 @@ def _recorded(store: ObjectStore, name: str) -> dict[str, Any]:
         return {}
 
 
-def _hosts() -> set[str]:
-    return {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-
-
-def _refuse_local_store_on_many_hosts(store: ObjectStore) -> None:
-    hosts = _hosts()
-    if isinstance(store, LocalStore) and len(hosts) > 1:
-        raise RequestError(
-            f"{store.uri} is a local directory, and the cluster has {len(hosts)} hosts that would each write "
-            "to their own: give --output an s3:// URI"
-        )
-
-
 def _ask_precision(job: ExtractionJob) -> str:
     """What `auto` precision is on the hardware that will extract."""
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
-    if not gpus and _hosts() == {socket.gethostname()}:
+    gpus = 1 if cluster_resources().get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
+    if not gpus and hosts() == {socket.gethostname()}:
         return auto_precision(False)  # this very CPU; a worker would only take its time
     ask = ray.remote(num_cpus=0, num_gpus=gpus)(auto_precision)
     return ray.get(ask.remote(gpus > 0))
@@ -372,23 +349,27 @@ def _execute(
     """Stage what is not staged, and publish each plan as soon as it is whole."""
     with ThreadPoolExecutor(PLANS_AT_ONCE) as threads:
         todo = list(threads.map(lambda assignment: _todo(tables, assignment), assignments))
-    publisher = Publisher(tables, assignments)
+    publisher = Publisher(tables, assignments, report.run_id)
     tracker = Tracker(todo, num_tables=len(tables))
     for number, left in enumerate(tracker.left):
         if left == 0:
             publisher.submit(number)
     progress.begin(sum(tracker.left))
     work = _work(request, tables, assignments, todo, report.run_id)
-    for staged in run_pipeline(work) if work.slices else ():
-        report.startup_seconds = report.startup_seconds or time.monotonic() - started
-        report.count(staged)
-        samples, whole = tracker.add(staged)
-        failed = sum(any(codes) for codes in staged["error_codes"].to_pylist())
-        clips = pc.sum(staged["num_unit_clips"]).as_py() or 0
-        progress.advance(samples=samples, clips=clips, failed=failed)
-        for number in whole:
-            publisher.submit(number)
-    progress.end()
+    try:
+        for staged in run_pipeline(work, report.watched) if work.slices else ():
+            report.startup_seconds = report.startup_seconds or time.monotonic() - started
+            report.count(staged)
+            samples, whole = tracker.add(staged)
+            failed = sum(any(codes) for codes in staged["error_codes"].to_pylist())
+            clips = pc.sum(staged["num_unit_clips"]).as_py() or 0
+            progress.advance(samples=samples, clips=clips, failed=failed)
+            metrics.count("featurex_samples_total", samples)
+            metrics.show("featurex_samples_left", sum(tracker.left))
+            for number in whole:
+                publisher.submit(number)
+    finally:
+        progress.end()  # also when stopped: a bar hides the terminal's cursor
     if any(tracker.left):
         raise RunError(f"{sum(tracker.left)} samples were not staged; run it again to go on")
     _count_published(publisher.wait(), tracker, report)
@@ -415,7 +396,7 @@ def _work(
     run_id: str,
 ) -> Work:
     num_samples = sum(int(mask.sum()) for mask in todo)
-    cluster = ray.cluster_resources()
+    cluster = cluster_resources()
     first = _some_samples(tables, assignments[0])
     windowed = request.job.clip_seconds is not None
     shape = block_shape(first, num_samples=num_samples, windowed=windowed, resources=cluster)
@@ -482,16 +463,20 @@ def _media_limits(job: ExtractionJob) -> MediaLimits:
 class Publisher:
     """Publishes whole plans in Ray tasks, while others are still being worked on."""
 
-    def __init__(self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment]) -> None:
+    def __init__(
+        self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment], run_id: str
+    ) -> None:
         self._tables = tables
         self._assignments = assignments
+        self._run_id = run_id
         self._publish = ray.remote(num_cpus=SMALL_TASK_CPUS, max_retries=3)(publish_plan)
         self._pending: list[tuple[int, Plan, Any]] = []
 
     def submit(self, number: int) -> None:
         """Begin to publish the plans of one assignment."""
         for index, plan in self._assignments[number].plans.items():
-            self._pending.append((index, plan, self._publish.remote(self._tables[index], plan)))
+            done = self._publish.remote(self._tables[index], plan, self._run_id)
+            self._pending.append((index, plan, done))
 
     def wait(self) -> list[tuple[int, Plan, Published]]:
         """What was published, with the table's place in the run.
@@ -508,9 +493,14 @@ class Publisher:
             raise RunError(f"publishing was interrupted: {first_line(error)}; run it again") from error
 
 
-def publish_plan(table: FeatureTable, plan: Plan) -> Published:
+def publish_plan(table: FeatureTable, plan: Plan, run_id: str) -> Published:
     """`FeatureTable.publish` as a plain function, for a Ray task."""
-    return table.publish(plan)
+    name = table.facts.name
+    with metrics.published(name):
+        result = table.publish(plan)
+    ids = {"run_id": run_id, "table": name, "dataset": plan.dataset, "plan_id": plan.plan_id}
+    events.emit("plan_published", **ids, samples=result.num_samples, failed=result.num_failed)
+    return result
 
 
 def _count_published(

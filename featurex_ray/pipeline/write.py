@@ -7,9 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurex_ray.pipeline import events, metrics
 from featurex_ray.pipeline.source import Assignment
 from featurex_ray.pipeline.units import STAGED, to_table
 from featurex_ray.schemas import PART
+from featurex_ray.storage.uri import redact
 from featurex_ray.table.table import FeatureTable
 
 Row = dict[str, Any]
@@ -32,8 +34,25 @@ class StageParts:
             mine = units.filter(pc.equal(units["assignment"], number))
             for index, plan in self._assignments[number].plans.items():
                 self._tables[index].write_part(plan, part_rows(mine, index, run_id=self._run_id))
-        seconds = (time.perf_counter() - start) / max(len(units), 1)
-        return to_table([line | {"write_seconds": seconds} for line in self._lines(units)], STAGED)
+        spent = time.perf_counter() - start
+        self._tell(units, spent)
+        lines = [line | {"write_seconds": spent / max(len(units), 1)} for line in self._lines(units)]
+        return to_table(lines, STAGED)
+
+    def _tell(self, units: pa.Table, seconds: float) -> None:
+        """Metrics, and an event for each unit that failed, with all that finds it again."""
+        clips = pc.sum(units["num_unit_clips"]).as_py() or 0
+        metrics.count_staged(clips=clips, seconds=seconds)
+        for index, table in enumerate(self._tables):
+            for unit, error in zip(_facts(units), _errors(units, index), strict=True):
+                plan = self._assignments[unit["assignment"]].plans.get(index)
+                if error is None or plan is None:
+                    continue
+                name = table.facts.name
+                metrics.count_failure(table=name, stage=error["stage"], code=error["code"])
+                ids = {"run_id": self._run_id, "table": name, "plan_id": plan.plan_id}
+                sample = {"sample_id": unit["sample_id"], "uri": redact(unit["uri"] or "")}
+                events.emit("sample_failed", **ids, dataset=plan.dataset, **sample, **error)
 
     def _lines(self, units: pa.Table) -> Iterator[Row]:
         errors = [_errors(units, index) for index in range(len(self._tables))]

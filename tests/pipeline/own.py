@@ -38,3 +38,25 @@ class SlowMean(MeanColour):
         """(B, T, 3, H, W) -> (B, 3), a fiftieth of a second a frame."""
         time.sleep(0.02 * len(frames))
         return super().__call__(frames)
+
+
+class Steady(MeanColour):
+    """The same, a twentieth of a second a frame: calls of some seconds."""
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, 3)."""
+        time.sleep(0.05 * len(frames))
+        return super().__call__(frames)
+
+
+class SlowLarge(MeanColour):
+    """The mean of large frames, 8 ms a frame: decoding runs ahead of it wherever it is let."""
+
+    spec = ExtractorSpec(
+        dimension=3, input=InputSpec(448, 448, None, "bilinear"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, 3)."""
+        time.sleep(0.008 * len(frames))
+        return super().__call__(frames)

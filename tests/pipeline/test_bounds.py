@@ -1,0 +1,57 @@
+"""What bounds a run: the last stage whose workers are all busy while work waits."""
+
+from collections import Counter
+
+import pytest
+
+from featurex_ray.pipeline.bounds import StageState, Watched, bound_of, shares
+
+
+def idle() -> StageState:
+    return StageState(workers=2, tasks=0, queued=0)
+
+
+def busy(*, queued: int = 0) -> StageState:
+    return StageState(workers=2, tasks=2, queued=queued)
+
+
+@pytest.mark.parametrize(
+    ("decode", "extract", "write", "bound"),
+    [
+        (idle(), busy(queued=4), idle(), "extract"),
+        (busy(), busy(queued=4), idle(), "extract"),
+        (busy(), StageState(2, 4, 0), idle(), "extract"),  # the second call waits inside the actor
+        (busy(), busy(), idle(), "decode"),  # all that comes is taken at once
+        (busy(), idle(), idle(), "decode"),
+        (busy(), busy(queued=1), busy(queued=9), "write"),
+        (idle(), idle(), idle(), None),
+        (StageState(0, 0, 9), StageState(0, 0, 0), idle(), None),  # no actor has started yet
+    ],
+)
+def test_the_bound(decode: StageState, extract: StageState, write: StageState, bound: str | None) -> None:
+    assert bound_of({"decode": decode, "extract": extract, "write": write}) == bound
+
+
+def test_shares_are_of_the_looks_and_the_largest_comes_first() -> None:
+    found = shares({"extract": 1, "decode": 3}, fetch_seconds=1, decode_seconds=2)
+    assert list(found.items()) == [("decode", 0.75), ("extract", 0.25)]
+
+
+def test_decoding_that_waits_for_its_media_is_bounded_by_storage() -> None:
+    assert shares({"decode": 3}, fetch_seconds=9, decode_seconds=2) == {"storage": 1.0}
+
+
+def test_nothing_seen_is_nothing() -> None:
+    assert shares({}, fetch_seconds=0, decode_seconds=0) == {}
+
+
+def test_watched_keeps_the_extremes() -> None:
+    watched = Watched()
+    for workers, used, spilled in ((0, 5, 0), (3, 9, 0), (1, 2, 7)):
+        watched.see(
+            {"decode": StageState(workers, workers, 0)}, object_store_bytes=used, spilled_bytes=spilled
+        )
+    assert watched.most_workers == {"decode": 3}
+    assert watched.fewest_workers == {"decode": 1}
+    assert (watched.object_store_peak_bytes, watched.spilled_bytes) == (9, 7)
+    assert watched.bounds == Counter(decode=2)
