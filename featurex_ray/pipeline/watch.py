@@ -24,6 +24,10 @@ def watch(context: DataContext, watched: Watched) -> None:
 class _Looking(partial[Any]):
     """A `_Look` still to be made, told apart from other users' callbacks."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Looking":
+        """Ray copies contexts; what is seen has to arrive where it is waited for."""
+        return self
+
 
 class _Look(ExecutionCallback):
     """Ray's hook after each step of its loop; it looks once a second, and when all is over."""
