@@ -41,7 +41,8 @@ def test_help_shows_every_option_with_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "manifest", "extract", "verify", "extractors", "query", "search", "benchmark"]
+    "command",
+    ["demo", "manifest", "extract", "verify", "status", "extractors", "query", "search", "benchmark"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     found = run(command, "--help")
