@@ -52,7 +52,7 @@ class Node:
                 name = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if name.startswith("ray::") and "ExtractFeatures" in name:
+            if name.startswith("ray::") and "ExtractFeatures" in name and ".submit" in name:
                 return True
         return False
 

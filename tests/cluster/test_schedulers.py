@@ -57,7 +57,8 @@ def airflow_pod() -> Manifest:
 
 
 def argo() -> Manifest:
-    found: Manifest = yaml.safe_load((SCHEDULERS / "argo.yaml").read_text())
+    found: Manifest
+    found, _ = yaml.safe_load_all((SCHEDULERS / "argo.yaml").read_text())
     return found
 
 
@@ -91,6 +92,13 @@ def test_pods_hold_against_kubernetes_schema(scheduler: str) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_pods_keep_the_restricted_standard(rule: Rule, scheduler: str) -> None:
     assert rule(PODS[scheduler]()["spec"])
+
+
+def test_argo_may_report_and_still_not_reach_the_metadata_service() -> None:
+    _, policy = yaml.safe_load_all((SCHEDULERS / "argo.yaml").read_text())
+    kubernetes_validate.validate(policy, "1.37", strict=True)
+    (rule,) = policy["spec"]["egress"]
+    assert [peer["ipBlock"]["except"] for peer in rule["to"]] == [["169.254.169.254/32"]]
 
 
 def test_airflow_runs_it_each_night_one_at_a_time_and_again_when_it_fails() -> None:

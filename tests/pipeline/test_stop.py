@@ -11,19 +11,23 @@ import pytest
 import ray  # noqa: F401  brings psutil
 
 import psutil  # isort: skip
+from PIL import Image
 
 from featurex_ray.manifest import build_manifest
 from tests.conftest import CHECKOUT
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_keeps_what_it_staged(number: signal.Signals, photos: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_keeps_what_it_staged(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    for i in range(400):
+        Image.new("RGB", (40, 30), (i % 256, 80, 80)).save(tmp_path / "media" / f"{i:03d}.png")
     manifest = tmp_path / "m.csv"
-    build_manifest(str(photos), str(manifest))
+    build_manifest(str(tmp_path / "media"), str(manifest), dataset="d")
     driver = subprocess.Popen(
         [
             sys.executable, "jobs/extract.py", manifest, "--output", tmp_path / "out",
-            "--extractor", "tests.pipeline.own:SlowMean", "--max-samples-per-plan", "4",
+            "--extractor", "tests.pipeline.own:Steady", "--max-samples-per-plan", "50",
             "--decode-actors", "1", "--extract-actors", "1",
         ],
         cwd=CHECKOUT,
@@ -32,7 +36,7 @@ def test_a_stopped_run_keeps_what_it_staged(number: signal.Signals, photos: Path
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    staging = tmp_path / "out/_featurex/tests.pipeline.own-SlowMean/staging"
+    staging = tmp_path / "out/_featurex/tests.pipeline.own-Steady/staging"
     deadline = time.monotonic() + 120
     while not (parts := list(staging.rglob("*.parquet"))):
         assert driver.poll() is None, "the run ended before anything was staged"
