@@ -127,7 +127,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     assert driver.stderr
     stderr = driver.stderr.read()
     assert driver.returncode == 0, stderr
-    logs = "".join(p.read_text(errors="replace") for p in temp.glob("session_*/logs/worker-*.err"))
+    logs = "".join(p.read_text(errors="replace") for p in temp.glob("session_latest/logs/worker-*.err"))
     return Run(folder / "out", scraped, stderr, logs)
 
 

@@ -22,6 +22,8 @@ def busy(*, queued: int = 0) -> StageState:
         (busy(), busy(queued=4), idle(), "extract"),
         (busy(), StageState(2, 4, 0), idle(), "extract"),  # the second call waits inside the actor
         (busy(), busy(), idle(), "decode"),  # all that comes is taken at once
+        (idle(), busy(), idle(), "extract"),  # the last calls: nothing comes any more
+        (idle(), idle(), busy(), "write"),
         (busy(), idle(), idle(), "decode"),
         (busy(), busy(queued=1), busy(queued=9), "write"),
         (idle(), idle(), idle(), None),

@@ -30,7 +30,9 @@ def test_an_open_plan_shows_what_is_staged_and_who_works_on_it(root: str, table:
     stage(table, first, world)
     table.publish(first)
     table.write_part(second, world.part(["s0003", "s0004"]))
-    table.beat(second, "mine")
+    leases = table.leases("mine")
+    assert leases.claim(second)
+    leases.beat()
 
     (plan,) = status_of(root).open_plans
     assert (plan.table, plan.plan_id, plan.planned_by) == ("t", second.plan_id, "mine")
