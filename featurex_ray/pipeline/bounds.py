@@ -12,16 +12,18 @@ class StageState:
         workers: Actors that run; for the writer, tasks that may run.
         tasks: Calls in flight, those that wait inside an actor included.
         queued: Blocks that wait before the stage.
+        is_held_back: Whether Ray lets its calls start or go on no further, for what comes after is full.
     """
 
     workers: int
     tasks: int
     queued: int
+    is_held_back: bool = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether every worker has something to do."""
-        return 0 < self.workers <= self.tasks
+        """Whether every worker has something to do, and may do it."""
+        return 0 < self.workers <= self.tasks and not self.is_held_back
 
     @property
     def is_behind(self) -> bool:

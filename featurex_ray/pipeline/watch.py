@@ -63,10 +63,20 @@ class _Look(ExecutionCallback):
 def _stages(executor: Any) -> dict[str, StageState]:
     found = {}
     for operator, state in executor._topology.items():
-        for part, name in OPERATORS.items():
-            if part in operator.name:
-                # A pool of tasks has no actors: its workers are as many as may run at a time.
-                workers = operator.get_actor_info().running or operator.get_max_concurrency_limit() or 0
-                queued = state.total_enqueued_input_blocks()
-                found[name] = StageState(workers, operator.num_active_tasks(), queued)
+        name = next((name for part, name in OPERATORS.items() if part in operator.name), None)
+        if name is not None:
+            tasks, queued = operator.num_active_tasks(), state.total_enqueued_input_blocks()
+            found[name] = (
+                _tasks(operator, tasks, queued) if name == "write" else _actors(operator, tasks, queued)
+            )
     return found
+
+
+def _actors(operator: Any, tasks: int, queued: int) -> StageState:
+    held_back = operator._in_task_submission_backpressure or operator._in_task_output_backpressure
+    return StageState(operator.get_actor_info().running, tasks, queued, held_back)
+
+
+def _tasks(operator: Any, tasks: int, queued: int) -> StageState:
+    """Writing has no actors: its workers are as many tasks as may run at a time."""
+    return StageState(operator.get_max_concurrency_limit() or tasks, tasks, queued)

@@ -12,10 +12,29 @@ import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
 from tests.cluster.nodes import BIN, Cluster, cluster
 
+NOT_NEEDED = [
+    "cluster_synced_files",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+    "rsync_exclude",
+    "rsync_filter",
+]
+"""What the schema wants and a machine that is already there does not."""
+
 AUTOSCALER = {
     "cluster_name": "from-zero",
     "max_workers": 3,
     "idle_timeout_minutes": 5,
+    "upscaling_speed": 1.0,
+    "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **{key: [] for key in NOT_NEEDED},
     "provider": {"type": "fake_multinode", "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True},
     "head_node_type": "head",
     "available_node_types": {

@@ -24,6 +24,7 @@ def busy(*, queued: int = 0) -> StageState:
         (busy(), busy(), idle(), "decode"),  # all that comes is taken at once
         (idle(), busy(), idle(), "extract"),  # the last calls: nothing comes any more
         (idle(), idle(), busy(), "write"),
+        (StageState(2, 4, 9, is_held_back=True), busy(), idle(), "extract"),  # the object store is full
         (busy(), idle(), idle(), "decode"),
         (busy(), busy(queued=1), busy(queued=9), "write"),
         (idle(), idle(), idle(), None),

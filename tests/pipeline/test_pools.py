@@ -76,6 +76,6 @@ def test_slow_media_leave_the_extractors_idle_and_decode_its_cpus(tmp_path: Path
     assert (report["planned"], report["failed"]) == (48, 0)
     seen, spent = report["watched"], report["stage_seconds"]
     assert next(iter(seen["bounds"])) == "decode"
-    assert seen["most_workers"]["decode"] == seen["fewest_workers"]["decode"] == 2
+    assert seen["most_workers"]["decode"] == 2
     assert seen["fewest_workers"]["extract"] == 1
     assert spent["decode"] > 10 * spent["extract"]
