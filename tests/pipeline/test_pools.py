@@ -60,8 +60,8 @@ def test_a_slow_extractor_holds_decoding_back_and_nothing_spills(tmp_path: Path)
     assert report["spilled_by_raylet"] == seen["spilled_bytes"] == 0
     assert 0 < seen["object_store_peak_bytes"] < OBJECT_STORE_BYTES
     assert next(iter(seen["bounds"])) == "extract"
-    # The pool began at its maximum, and shrank to its minimum while it had to wait.
-    assert (seen["most_workers"]["decode"], seen["fewest_workers"]["decode"]) == (3, 1)
+    # The pool shrank to its minimum while it had to wait.
+    assert seen["fewest_workers"]["decode"] == 1 < seen["most_workers"]["decode"] <= 3
 
 
 def test_slow_media_leave_the_extractors_idle_and_decode_its_cpus(tmp_path: Path) -> None:
