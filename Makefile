@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test torture-hostile check format benchmark clean
+.PHONY: help demo test torture torture-hostile check format benchmark clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -24,6 +24,9 @@ demo: $(INSTALLED)  ## Run the whole thing on bundled media and an embedded S3 s
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest
+
+torture: $(INSTALLED)  ## Run the fault campaigns at full counts (hours); figures into tests/faults/README.md
+	FEATUREX_TORTURE=1 FEATUREX_FIGURES=1 $(BIN)/python -m pytest tests/faults
 
 torture-hostile: $(INSTALLED)  ## Run the campaigns with hostile media at full counts
 	FEATUREX_TORTURE=1 $(BIN)/python -m pytest -s tests/hostile

@@ -80,7 +80,7 @@ def retry(
 
 
 def job_of(table: str, facts: TableFacts, *, weights: str | None = None, **options: Any) -> ExtractionJob:
-    """The job that made a table, as far as its features depend on it."""
+    """The job that made a table, as far as its features depend on it; what was `auto` then is recorded."""
     made_with = facts.extractor
     clip = made_with["clip"] or (None, None)
     return ExtractionJob(
@@ -89,8 +89,6 @@ def job_of(table: str, facts: TableFacts, *, weights: str | None = None, **optio
         extractor=extractor_text(made_with),
         table=facts.name,
         weights=(weights,) if weights else (),
-        precision=made_with["precision"],
-        decoder=made_with["decoder"],
         sampling=made_with["sampling"],
         clip_seconds=clip[0],
         clip_stride_seconds=clip[1],
