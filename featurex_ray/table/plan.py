@@ -608,10 +608,12 @@ class _Rivals:
 
     def left(self, dataset: str, target: int, rows: pa.Table) -> tuple[pa.Table, list[Plan]]:
         """The rows that no rival names, none if a rival has their target; and the rivals that took any."""
+        if dataset not in self._plans:
+            return rows, []
         hashes = hash_ids(dataset, rows["sample_id"])
         ours = np.ones(rows.num_rows, bool)
         takers = []
-        for plan, ids in self._plans.get(dataset, ()):
+        for plan, ids in self._plans[dataset]:
             taken = (ids.find(hashes) >= 0) | (plan.target == target)
             ours &= ~taken
             if taken.any():
