@@ -454,10 +454,19 @@ def _chunks(batches: Iterable[pa.RecordBatch]) -> Iterator[_Chunk]:
         held.append(_hashed(batch, names))
         num_rows += batch.num_rows
         if num_rows >= CHUNK_ROWS:
-            yield _Chunk(list(names), *(np.concatenate(column) for column in zip(*held, strict=True)))
-            names, held, num_rows = {}, [], 0
+            yield _Chunk(list(names), *_joined(held))
+            names, num_rows = {}, 0
     if num_rows:
-        yield _Chunk(list(names), *(np.concatenate(column) for column in zip(*held, strict=True)))
+        yield _Chunk(list(names), *_joined(held))
+
+
+def _joined(held: list[tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
+    """The columns of all batches, joined one by one and let go, so that only one is held twice."""
+    columns = [list(column) for column in zip(*held, strict=True)]
+    held.clear()
+    for column in columns:
+        yield np.concatenate(column)
+        column.clear()
 
 
 def _hashed(batch: pa.RecordBatch, names: dict[str, int]) -> tuple[np.ndarray, ...]:
