@@ -1,6 +1,7 @@
 """How many actors of what size: from the cluster's resources, the job's bounds and the work's size."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,27 @@ VIDEOS_PER_EXTRACT = {False: 4, True: 16}
 _VIDEO_NAME = r"(?i)\.(mp4|m4v|mov|mkv|webm|avi|ts|m2ts|mts|mpg|mpeg|vob|flv|ogv|wmv|asf|3gp)$"
 
 
+SECONDS_FOR_THE_FIRST_CPU = 60
+"""A cluster that has just started: its autoscaler may not have said yet what it can bring."""
+
+
 def cluster_resources() -> dict[str, float]:
     """CPUs and GPUs that the cluster has or, where it autoscales, can grow to.
 
     A cluster that scales from zero has none yet; actors that wait for their nodes are what makes it grow.
+
+    Raises:
+        RequestError: It has no CPU, and there is no autoscaler that could bring one.
     """
+    deadline = time.monotonic() + SECONDS_FOR_THE_FIRST_CPU
+    while not (found := _now_or_later()).get("CPU"):
+        if time.monotonic() > deadline:
+            raise RequestError("the Ray cluster has no CPUs, and no autoscaler that says it can bring some")
+        time.sleep(1)
+    return found
+
+
+def _now_or_later() -> dict[str, float]:
     now = ray.cluster_resources()
     # Ray's own libraries read the autoscaler's limits there; it has no public name yet.
     limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}

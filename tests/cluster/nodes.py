@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,23 +151,18 @@ def token_file(home: Path, environment: Mapping[str, str]) -> Path:
 
 
 @contextmanager
-def cluster(*, options: Sequence[str] = (), also: Mapping[str, str] | None = None) -> Iterator[Cluster]:
-    """A head node whose job server answers; its workers are the caller's to add.
-
-    Args:
-        options: More options for `ray start --head`.
-        also: More of its environment.
-    """
+def cluster() -> Iterator[Cluster]:
+    """A head node whose job server answers; its workers are the caller's to add."""
     folder = Path(tempfile.mkdtemp(prefix="fx-", dir="/tmp"))  # Ray's sockets need a short path
     home = folder / "home"
     home.mkdir()
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = f"{BIN}:{plain['PATH']}"
     ours = {"PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token"}
-    environment = plain | QUICK_TO_NOTICE | ours | (also or {})
+    environment = plain | QUICK_TO_NOTICE | ours
     token_file(home, environment)
     ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
-    arguments = ["--head", "--num-cpus=0", *options, *(f"--{name}={port}" for name, port in ports.items())]
+    arguments = ["--head", "--num-cpus=0", *(f"--{name}={port}" for name, port in ports.items())]
     head = start("127.0.0.1", folder / "head", arguments, environment)
     found = Cluster(home, environment, ports["port"], ports["dashboard-port"], folder, head)
     try:
