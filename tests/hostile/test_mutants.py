@@ -1,6 +1,9 @@
 """M1: damaged files of ten formats. Each gives features or exactly one failure."""
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,4 +55,30 @@ def test_mutants(policy: str) -> None:
         assert isinstance(other.outcome, DecodedImage | DecodedVideo)
         assert np.array_equal(one.outcome.frames[0], other.outcome.frames[0])
     report(f"M1 {policy}", mutants=total, outcomes=dict(codes), peak_mib=workshop.peak_bytes() >> 20)
+    workshop.process.close()
+
+
+ALONE = """
+from tests.hostile.mutants import mutant
+from tests.hostile.test_mutants import ORDER, DecodeOptions, InputSpec
+from featurex_ray.media.order import carry_out
+carry_out(ORDER, mutant(16006)[1], DecodeOptions((InputSpec(32, 32),), "decord+pyav"))
+"""
+
+
+def test_a_mutant_that_ends_its_decoder() -> None:
+    """Found by the campaign: decord 0.6 crashes on it, and takes along a process that isn't contained."""
+    alone = subprocess.run(
+        [sys.executable, "-c", ALONE], cwd=Path(__file__).parents[2], capture_output=True, check=False
+    )
+    if alone.returncode == 0:
+        pytest.skip("these builds of the encoder and the decoder don't make it crash")
+    assert alone.returncode < 0
+    workshop = ContainedWorkshop(DecodeOptions((InputSpec(32, 32),), "decord+pyav"))
+    files = [originals()["png"], mutant(16006)[1], originals()["mp4"]]
+    first, crashed, last = (done.outcome for done in workshop.carry_out([(ORDER, data) for data in files]))
+    assert isinstance(crashed, SampleError)
+    assert (crashed.code, crashed.attempts) == ("decoder_crashed", 2)
+    assert isinstance(first, DecodedImage)
+    assert isinstance(last, DecodedVideo)
     workshop.process.close()
