@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -128,6 +129,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     stderr = driver.stderr.read()
     assert driver.returncode == 0, stderr
     logs = "".join(p.read_text(errors="replace") for p in temp.glob("session_latest/logs/worker-*.err"))
+    shutil.rmtree(temp, ignore_errors=True)
     return Run(folder / "out", scraped, stderr, logs)
 
 
