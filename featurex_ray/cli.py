@@ -32,6 +32,7 @@ GROUP_TITLES = {
     "video": "Video",
     "safety": "Safety",
     "scale": "Scale",
+    "training": "Training",
 }
 
 
@@ -93,10 +94,11 @@ class JobOption(click.Option):
         self.group = GROUP_TITLES[group]
 
 
-def job_option(field: "dataclasses.Field[Any]") -> JobOption:
-    """The command line option of one of the job's fields."""
-    kind, choices = _option_type(field)
-    multiple = field.name in ("extractor", "weights", "allow_prefix", "only_prefix", "keep_columns")
+def job_option(field: "dataclasses.Field[Any]", job: type = ExtractionJob) -> JobOption:
+    """The command line option of one of a job's fields."""
+    kind, choices = _option_type(field, job)
+    # A tuple, or a value or a tuple: the hint says so.
+    multiple = "tuple" in str(typing.get_type_hints(job)[field.name])
     required = field.default is dataclasses.MISSING
     return JobOption(
         ["--" + field.name.replace("_", "-"), field.name],
@@ -104,6 +106,7 @@ def job_option(field: "dataclasses.Field[Any]") -> JobOption:
         help=field.metadata["help"],
         metavar=field.metadata["metavar"],
         type=click.Choice(choices) if choices else kind,
+        is_flag=kind is bool,
         multiple=multiple,
         required=required,
         default=None if required or multiple else field.default,
@@ -111,12 +114,12 @@ def job_option(field: "dataclasses.Field[Any]") -> JobOption:
     )
 
 
-def _option_type(field: "dataclasses.Field[Any]") -> tuple[type, list[str]]:
-    hint = typing.get_type_hints(ExtractionJob)[field.name]
+def _option_type(field: "dataclasses.Field[Any]", job: type) -> tuple[type, list[str]]:
+    hint = typing.get_type_hints(job)[field.name]
     if typing.get_origin(hint) is typing.Literal:
         return str, list(typing.get_args(hint))
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = [m for m in members if m in (int, float)]
+    plain = [m for m in members if m in (bool, int, float)]
     return (plain[0] if plain else str), []
 
 
@@ -144,9 +147,20 @@ def read_config(ctx: click.Context, _param: click.Parameter, path: str | None) -
 
 def with_job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a job: `MANIFEST`, `--config` and every field's."""
-    for field in reversed(option_fields()):
+    return _with_options_of(ExtractionJob, command)
+
+
+def with_training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a training."""
+    from featurex_ray.training.job import TrainingJob
+
+    return _with_options_of(TrainingJob, command)
+
+
+def _with_options_of(job: type, command: Callable[..., Any]) -> Callable[..., Any]:
+    for field in reversed(dataclasses.fields(job)):
         if field.name != "manifest":
-            click.decorators._param_memo(command, job_option(field))
+            click.decorators._param_memo(command, job_option(field, job))
     config = click.option(
         "--config",
         metavar="FILE.yaml",
@@ -257,6 +271,35 @@ def show(report: "RunReport", max_failure_rate: float) -> int:
         )
         return EXIT_TOO_MANY_FAILURES
     return 0
+
+
+@cli.command()
+@click.argument("manifest")
+@with_training_options
+def train(manifest: str, **options: Any) -> None:
+    """Train an extractor on the labelled media that MANIFEST names.
+
+    \b
+    featurex train photos.parquet --output trained --mode head-only \\
+        --extractor attention_cnn,backbone=resnet18
+    featurex extract other.parquet --output features --extractor attention_cnn,backbone=resnet18 \\
+        --weights trained/weights.safetensors
+
+    Killed and started again with --resume, it goes on from its last epoch. Exit codes: 0 done;
+    1 failed or diverged, the weights of the last good epoch are kept; 2 the request was wrong.
+    """
+    from featurex_ray.pipeline.progress import console_progress
+    from featurex_ray.training.job import TrainingJob
+    from featurex_ray.training.run import train as run_training
+
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    report = run_training(TrainingJob(manifest=manifest, **values), say=console_progress().say)
+    click.echo(f"weights {report.weights}")
+    for name, value in report.card["metrics"].items():
+        if name.endswith(("_accuracy", "_loss")):
+            click.echo(f"  {name.replace('_', ' ')}: {value:.4f}")
 
 
 @cli.command()
@@ -477,16 +520,27 @@ def status(output: str, runs: int, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--weights", metavar="URI", help="Show what is said of these weights instead: their card.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def extractors(as_json: bool) -> None:
+def extractors(weights: str | None, as_json: bool) -> None:
     """List the extractors: name, media, dimension, input, weights."""
     from featurex_ray.models.registry import list_extractors
 
+    if weights is not None:
+        _show_card(weights, as_json=as_json)
+        return
     rows = list_extractors()
     if as_json:
         click.echo("\n".join(json.dumps(dataclasses.asdict(row)) for row in rows))
         return
     print_rows([dataclasses.asdict(row) for row in rows])
+
+
+def _show_card(weights: str, *, as_json: bool) -> None:
+    from featurex_ray.models.weights import read_card
+
+    card = read_card(weights)
+    click.echo(json.dumps(card) if as_json else yaml.safe_dump(card, sort_keys=False, width=100).rstrip())
 
 
 @cli.command("convert-weights")
@@ -549,6 +603,52 @@ def search(
 
         found = search_image(opened, image, k=k, weights=weights)
     print_rows(found.to_pylist())
+
+
+@cli.command()
+@click.argument("table")
+@click.option(
+    "--labels", default="label", show_default=True, metavar="COLUMN", help="What a clip shows, in the table."
+)
+@click.option("--train-dataset", metavar="NAME", help="Learn, and look for neighbours, in this dataset.")
+@click.option("--test-dataset", metavar="NAME", help="Ask about the clips of this one. Default: five folds.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def evaluate(
+    table: str, labels: str, train_dataset: str | None, test_dataset: str | None, as_json: bool
+) -> None:
+    """Measure the features of TABLE by its labels: linear probe, k-NN, recall, mAP."""
+    from featurex_ray.evaluate import evaluate as measure
+    from featurex_ray.evaluate import read_labelled
+    from featurex_ray.table.read import open_table
+
+    found = measure(read_labelled(open_table(table), labels=labels), train=train_dataset, test=test_dataset)
+    click.echo(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(found.lines()))
+
+
+@cli.command()
+@click.option("--image", metavar="FILE", help="An image, path or URI.")
+@click.option("--video", metavar="FILE", help="Or a video.")
+@click.option("--extractor", required=True, metavar="NAME", help="One with attention.")
+@click.option("--weights", metavar="URI", help="As for extract.")
+@click.option("--sampling", metavar="RULE", help="Frames of the video. Default: the extractor's own.")
+@click.option("--output", required=True, metavar="FILE.png", help="Picture to write.")
+def attend(
+    image: str | None,
+    video: str | None,
+    extractor: str,
+    weights: str | None,
+    sampling: str | None,
+    output: str,
+) -> None:
+    """Draw where an extractor looks: over an image's cells, or at which frames of a video."""
+    from featurex_ray.attend import attend_image, attend_video, draw
+    from featurex_ray.models.registry import resolve
+
+    if (image is None) == (video is None):
+        raise RequestError("give either --image FILE or --video FILE")
+    resolved = resolve(extractor, weights=weights)
+    seen = attend_image(resolved, image) if image else attend_video(resolved, str(video), sampling=sampling)
+    Path(output).write_bytes(draw(seen))
 
 
 def main() -> None:

@@ -30,7 +30,16 @@ class AttentionCnn(nn.Module):
         Returns:
             The feature (B, C) and the attention (B, h, w), which sums to 1.
         """
-        maps = self.backbone(frames.flatten(0, 1)).float()
+        return self.embed_clips(self.embed_frames(frames.flatten(0, 1)))
+
+    def embed_frames(self, frames: Tensor) -> Tensor:
+        """The backbone's maps (B, C, h, w) of frames (B, 3, H, W)."""
+        maps: Tensor = self.backbone(frames)
+        return maps
+
+    def embed_clips(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C) and weights (B, h, w) of maps (B, C, h, w)."""
+        maps = maps.float()
         cells = maps.flatten(2).transpose(1, 2)
         context, weights = self.attention(cells.mean(dim=1), cells)
         return context, weights.reshape(len(maps), *maps.shape[-2:])

@@ -20,29 +20,36 @@ class AttentionConvNet(nn.Module):
         g       = sigmoid(attention_combine(tanh(e)))              (1,)
         feature = g * h' + (1 - g) * h                             (84,)
         logits  = fc3(feature)                                     (10,)
+
+    Args:
+        attends: Without attention the feature is h, to compare with; there are no weights then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, attends: bool = True) -> None:
         super().__init__()
+        self.attends = attends
         self.conv1 = nn.Conv2d(3, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, 10)
-        self.attention = nn.Linear(84, NUM_CELLS)
-        self.attention_combine = nn.Linear(NUM_CELLS, 1)
+        if attends:
+            self.attention = nn.Linear(84, NUM_CELLS)
+            self.attention_combine = nn.Linear(NUM_CELLS, 1)
 
-    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, frames: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Features and attention of single frames.
 
         Args:
             frames: (B, 1, 3, 32, 32) floating, normalised.
 
         Returns:
-            The feature (B, 84) and the attention (B, 5, 5), which sums to 1.
+            The feature (B, 84), and the attention (B, 5, 5), which sums to 1, where there is one.
         """
         cells = self._pool(self.conv2(self._pool(self.conv1(frames.flatten(0, 1)))))
         plain = self._trunk(cells)
+        if not self.attends:
+            return plain
         # float32, so that the weights sum to 1 in bf16 runs too.
         scores = self.attention(plain).float()
         weights = torch.softmax(scores, dim=-1).reshape(-1, 5, 5)
@@ -52,13 +59,14 @@ class AttentionConvNet(nn.Module):
 
     def logits(self, frames: Tensor) -> Tensor:
         """The scores of the ten classes, (B, 10), for training."""
-        feature, _ = self(frames)
-        scores: Tensor = self.fc3(feature)
+        output = self(frames)
+        scores: Tensor = self.fc3(output[0] if isinstance(output, tuple) else output)
         return scores
 
     @staticmethod
     def _pool(maps: Tensor) -> Tensor:
-        return nn.functional.max_pool2d(torch.relu(maps), 2)
+        # The same as pooling after the relu, which then has a quarter of the work.
+        return torch.relu(nn.functional.max_pool2d(maps, 2))
 
     def _trunk(self, cells: Tensor) -> Tensor:
         return torch.relu(self.fc2(torch.relu(self.fc1(cells.flatten(1)))))

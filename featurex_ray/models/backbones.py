@@ -54,7 +54,7 @@ class FeatureMap(nn.Module):
         self.model = _build(name)
         # The whole classifier goes, not only its last layer: nothing behind the map is needed.
         _replace(self.model, zoo.head.split(".")[0])
-        self._size = zoo.map_shape[1:]
+        self.map_size = zoo.map_shape[1:]
         self._is_densenet = name.startswith("densenet")
         self._maps: list[Tensor] = []
         self.model.get_submodule(zoo.map_layer).register_forward_hook(self._keep)
@@ -64,7 +64,7 @@ class FeatureMap(nn.Module):
         self.model(frames)
         maps = self._maps.pop()
         if maps.ndim == 3:  # transformers give a class token, then one token a cell
-            maps = maps[:, 1:].transpose(1, 2).reshape(len(maps), -1, *self._size)
+            maps = maps[:, 1:].transpose(1, 2).reshape(len(maps), -1, *self.map_size)
         return torch.relu(maps) if self._is_densenet else maps  # DenseNet activates outside its layers
 
     def _keep(self, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from featurex_ray.errors import WeightsError
 from featurex_ray.models.attention_cnn import AttentionCnn
 from featurex_ray.models.attention_convnet import AttentionConvNet
-from featurex_ray.models.backbones import Backbone, FeatureMap, TorchvisionExtractor
+from featurex_ray.models.backbones import FeatureMap, TorchvisionExtractor
 from featurex_ray.models.cnn_lstm import CnnLstm
 from featurex_ray.models.spec import ExtractorSpec
 from featurex_ray.models.torchvision_zoo import IMAGE_MODELS, VIDEO_MODELS
@@ -23,6 +24,9 @@ Extractor = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
 SEED = 0
 """Of weights that no file holds. Another seed is another architecture in the spec."""
+
+HEAD = "classifier"
+"""A classifier's tensors in weight files, `classifier.weight` and `.bias`; no feature needs them."""
 
 _BACKBONE = "backbone.model"  # where every extractor on torchvision keeps torchvision's model
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that only training needs
@@ -43,7 +47,7 @@ def build(spec: ExtractorSpec, file: WeightsFile | None) -> Extractor:
     """
     extractor = _seeded(spec)
     if file is not None:
-        _load(extractor, spec, file)
+        load(extractor, spec, file)
     if isinstance(extractor, nn.Module):
         extractor.eval().requires_grad_(False)
     return extractor
@@ -65,7 +69,9 @@ def check_shapes(spec: ExtractorSpec, found: Shapes, *, name: str) -> None:
     Raises:
         WeightsError: they don't fit; says which layers.
     """
-    target = _target(_seeded(spec), spec, found)
+    extractor = _seeded(spec)
+    _fit_classes(extractor, found)
+    target = _target(extractor, spec, found)
     wanted = {key: tuple(tensor.shape) for key, tensor in target.state_dict().items()}
     kept = {key: found[key] for key in found if not _is_dropped(key, spec)}
     problems = [
@@ -82,24 +88,34 @@ def check_shapes(spec: ExtractorSpec, found: Shapes, *, name: str) -> None:
 
 def save_weights(module: nn.Module, path: str) -> None:
     """Write a network's weights as a safetensors file that `--weights` takes."""
+    Path(path).write_bytes(weights_bytes(module.state_dict()))
+
+
+def weights_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as a safetensors file; the same tensors give the same bytes."""
     # Copies, because safetensors refuses tensors that share memory or aren't laid out row by row.
-    tensors = {
-        k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()
+    copies = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in sorted(tensors.items())
     }
-    safetensors.torch.save_file(tensors, path)
+    return safetensors.torch.save(copies)
+
+
+def construct(spec: ExtractorSpec) -> Extractor:
+    """The network of an extractor, its weights drawn from torch's random state as it is."""
+    if ":" in spec.name:
+        module, _, attribute = spec.name.partition(":")
+        return cast("Extractor", getattr(import_module(module), attribute)())
+    return _BUILDERS[spec.name.partition("/")[0]](spec)
 
 
 def _seeded(spec: ExtractorSpec) -> Extractor:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
-        if ":" in spec.name:
-            module, _, attribute = spec.name.partition(":")
-            return cast("Extractor", getattr(import_module(module), attribute)())
-        return _BUILDERS[spec.name.partition("/")[0]](spec)
+        return construct(spec)
 
 
-def _attention_convnet(_spec: ExtractorSpec) -> nn.Module:
-    return AttentionConvNet()
+def _attention_convnet(spec: ExtractorSpec) -> nn.Module:
+    return AttentionConvNet(attends=spec.option("attention") == "yes")
 
 
 def _attention_cnn(spec: ExtractorSpec) -> nn.Module:
@@ -108,8 +124,8 @@ def _attention_cnn(spec: ExtractorSpec) -> nn.Module:
 
 def _cnn_lstm(spec: ExtractorSpec) -> nn.Module:
     backbone = spec.option("backbone")
-    size = IMAGE_MODELS[backbone].dimension
-    return CnnLstm(Backbone(backbone), vector_size=size, rnn=spec.option("rnn"), hidden=spec.dimension)
+    channels = IMAGE_MODELS[backbone].map_shape[0]
+    return CnnLstm(FeatureMap(backbone), channels=channels, rnn=spec.option("rnn"), hidden=spec.dimension)
 
 
 def _torchvision(spec: ExtractorSpec) -> nn.Module:
@@ -124,8 +140,14 @@ _BUILDERS: dict[str, Callable[[ExtractorSpec], nn.Module]] = {
 }
 
 
-def _load(extractor: Extractor, spec: ExtractorSpec, file: WeightsFile) -> None:
+def load(extractor: Extractor, spec: ExtractorSpec, file: WeightsFile) -> None:
+    """Put a file's weights into a network, or into its backbone.
+
+    Raises:
+        WeightsError: the file doesn't fit.
+    """
     tensors = _read(file)
+    _fit_classes(extractor, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     target = _target(extractor, spec, tensors)
     for key in [key for key in tensors if _is_dropped(key, spec)]:
         del tensors[key]
@@ -133,6 +155,13 @@ def _load(extractor: Extractor, spec: ExtractorSpec, file: WeightsFile) -> None:
         target.load_state_dict(tensors)
     except RuntimeError as error:
         raise WeightsError(f"{file.source} does not fit {spec.text}: {error}") from error
+
+
+def _fit_classes(extractor: Extractor, found: Shapes) -> None:
+    """`attention_convnet` keeps its classifier, of as many classes as it was trained on."""
+    shape = found.get("fc3.weight", ())
+    if isinstance(extractor, AttentionConvNet) and len(shape) == 2:
+        extractor.fc3 = nn.Linear(extractor.fc3.in_features, shape[0])
 
 
 def _read(file: WeightsFile) -> dict[str, Tensor]:
@@ -153,11 +182,13 @@ def _target(extractor: Extractor, spec: ExtractorSpec, names: Iterable[str]) -> 
 
 
 def _is_dropped(key: str, spec: ExtractorSpec) -> bool:
-    """Whether a tensor belongs to what is cut off a torchvision model."""
+    """Whether a tensor belongs to a classifier: ours, or what is cut off a torchvision model."""
+    if key in (f"{HEAD}.weight", f"{HEAD}.bias"):
+        return True
     name = spec.backbone
     if name is None:
         return False
     head = (IMAGE_MODELS | VIDEO_MODELS)[name].head
-    if spec.name == "attention_cnn":  # nothing behind the feature map is kept
+    if not spec.name.startswith("torchvision/"):  # nothing behind the feature map is kept
         head = head.split(".")[0]
     return key.removeprefix(f"{_BACKBONE}.").startswith((f"{head}.", *_AUXILIARY))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from featurex_ray.errors import ExtractError
 from featurex_ray.models.build import Extractor, build
 from featurex_ray.models.registry import ResolvedExtractor
+from featurex_ray.models.spec import ExtractorSpec
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -60,6 +61,25 @@ class Features:
         return finite
 
 
+class Normalise:
+    """Frames as they come from decoding to what an extractor takes; in extraction and training alike.
+
+    Args:
+        spec: Whose mean and std are used.
+        device: Where the frames are.
+    """
+
+    def __init__(self, spec: ExtractorSpec, device: torch.device) -> None:
+        std = torch.tensor(spec.std, device=device).view(3, 1, 1)
+        self._scale = 1 / (255 * std)
+        self._shift = -torch.tensor(spec.mean, device=device).view(3, 1, 1) / std
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """(..., H, W, 3) uint8, RGB -> (..., 3, H, W) float32, normalised."""
+        # Frames lie as H, W, 3: seen as 3, H, W that is channels_last without a copy.
+        return frames.movedim(-1, -3).float().mul_(self._scale).add_(self._shift)
+
+
 class Embedder:
     """An extractor with its weights on a device. To be made where it runs, in the actor.
 
@@ -90,10 +110,8 @@ class Embedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_frames = batch_frames or _default_batch(self.device.type, self.spec.input.height)
         self._dtype = _DTYPES[precision]
-        self._model = _on_device(build(resolved.spec, resolved.weights), self.device)
-        std = torch.tensor(self.spec.std, device=self.device).view(3, 1, 1)
-        self._scale = 1 / (255 * std)
-        self._shift = -torch.tensor(self.spec.mean, device=self.device).view(3, 1, 1) / std
+        self._model = on_device(build(resolved.spec, resolved.weights), self.device)
+        self._normalise = Normalise(self.spec, self.device)
         self._copies = _copy_stream(self.device)
         self.num_rows = self.num_slots = 0  # of device batches so far: what they held, what they had room for
         if precision == "fp32":
@@ -192,8 +210,7 @@ class Embedder:
         moved = self._move(host)
         if moved.dtype != torch.uint8:
             return moved
-        # Frames lie as H, W, 3: seen as 3, H, W that is channels_last without a copy.
-        return moved.movedim(-1, -3).float().mul_(self._scale).add_(self._shift)
+        return self._normalise(moved)
 
     def _move(self, host: Tensor) -> Tensor:
         if self._copies is None:
@@ -272,7 +289,8 @@ def _default_batch(device: str, height: int) -> int:
     return min(max(1, pixels // (height * height)), _MAX_BATCH_FRAMES)
 
 
-def _on_device(extractor: Extractor, device: torch.device) -> Extractor:
+def on_device(extractor: Extractor, device: torch.device) -> Extractor:
+    """Move a network to a device, its convolutions in the memory layout that decoded frames have."""
     if not isinstance(extractor, nn.Module):
         return extractor
     module = extractor.to(device)

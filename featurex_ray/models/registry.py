@@ -111,6 +111,8 @@ def _row(spec: ExtractorSpec) -> ExtractorRow:
 
 
 def _attention_convnet_spec(options: Options) -> ExtractorSpec:
+    if options["attention"] not in ("yes", "no"):
+        raise ExtractorError(f"attention_convnet: attention={options['attention']} must be yes or no")
     return ExtractorSpec(
         name="attention_convnet",
         options=_sorted(options),
@@ -118,7 +120,7 @@ def _attention_convnet_spec(options: Options) -> ExtractorSpec:
         input=InputSpec(32, 32, 32, "bilinear"),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        attention_shape=(5, 5),
+        attention_shape=(5, 5) if options["attention"] == "yes" else None,
         architecture="attention_convnet 1",
     )
 
@@ -152,7 +154,7 @@ def _cnn_lstm_spec(options: Options) -> ExtractorSpec:
         mean=zoo.mean,
         std=zoo.std,
         attention_shape=(),
-        architecture="cnn_lstm 1",
+        architecture="cnn_lstm 2",
     )
 
 
@@ -187,14 +189,14 @@ class _BuiltIn:
 
 
 BUILT_IN: dict[str, _BuiltIn] = {
-    "attention_convnet": _BuiltIn(_attention_convnet_spec, {}),
+    "attention_convnet": _BuiltIn(_attention_convnet_spec, {"attention": "yes"}),
     "attention_cnn": _BuiltIn(_attention_cnn_spec, {"backbone": "resnet18"}),
-    "cnn_lstm": _BuiltIn(_cnn_lstm_spec, {"backbone": "mobilenet_v2", "rnn": "lstm", "hidden": "256"}),
+    "cnn_lstm": _BuiltIn(_cnn_lstm_spec, {"backbone": "squeezenet1_0", "rnn": "lstm", "hidden": "256"}),
 }
 """The extractors of this package's own; `torchvision/<name>` are those of `torchvision_zoo`."""
 
 _BUNDLED = ("attention_convnet", "cnn_lstm")  # their default weights come with the package
-_BEYOND_BACKBONE = {"attention_cnn": ("attention",), "cnn_lstm": ("rnn", "attention")}
+_BEYOND_BACKBONE = {"attention_cnn": ("attention",), "cnn_lstm": ("standardise", "rnn", "attention")}
 
 
 def _weights_of(spec: ExtractorSpec, weights: str | None) -> tuple[WeightsFile | None, tuple[str, ...]]:
@@ -206,6 +208,8 @@ def _weights_of(spec: ExtractorSpec, weights: str | None) -> tuple[WeightsFile |
     if spec.name in _BUNDLED and dict(spec.options) == BUILT_IN[spec.name].options:
         file = bundled_weights(spec.name)
         return file, () if file else ("all",)
+    if spec.backbone is None:
+        return None, ("all",)
     backbone, file_name = _torchvision_file(spec)
     file = torchvision_weights(backbone, file_name)
     return file, _BEYOND_BACKBONE.get(spec.name, ())

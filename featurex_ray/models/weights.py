@@ -69,6 +69,24 @@ def read_weights(uri: str) -> WeightsFile:
     return WeightsFile(without_credentials(place), sha256, "safetensors", data)
 
 
+def read_card(uri: str) -> dict[str, Any]:
+    """What is said of weights in the card beside them, or of an extractor's bundled ones.
+
+    Args:
+        uri: As for `read_weights`; or the name of an extractor whose weights are bundled.
+
+    Raises:
+        WeightsError: the weights can't be used, or there is no card.
+    """
+    bundled = BUNDLED / f"{uri}.safetensors"
+    place = str(bundled) if bundled.is_file() else uri
+    read_weights(place)
+    card = _find_card(place.partition("#")[0])
+    if card is None:
+        raise WeightsError(f"there is no card beside {without_credentials(uri)}")
+    return card
+
+
 def bundled_weights(name: str) -> WeightsFile | None:
     """The weights that come with the package for an extractor, None where there are none."""
     path = BUNDLED / f"{name}.safetensors"
@@ -162,6 +180,12 @@ def read_file(uri: str) -> bytes:
 
 
 def _card_sha256(uri: str) -> str | None:
+    card = _find_card(uri)
+    sha256 = None if card is None else card.get("sha256")
+    return None if sha256 is None else str(sha256).lower()
+
+
+def _find_card(uri: str) -> dict[str, Any] | None:
     for place in dict.fromkeys((f"{uri}.json", f"{uri.removesuffix('.safetensors')}.json")):
         try:
             with fsspec.open(place, "rb") as file:
@@ -170,9 +194,8 @@ def _card_sha256(uri: str) -> str | None:
             continue
         except _UNREADABLE as error:
             raise WeightsError(f"the card {without_credentials(place)} can't be read: {error}") from error
-        sha256 = card.get("sha256") if isinstance(card, dict) else None
-        if sha256 is not None:
-            return str(sha256).lower()
+        if isinstance(card, dict):
+            return card
     return None
 
 

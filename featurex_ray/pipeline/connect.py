@@ -8,15 +8,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import ray
 
 from featurex_ray.errors import RequestError
-from featurex_ray.job import ExtractionJob
 from featurex_ray.table.store import LocalStore, ObjectStore
 
 
-def connect(job: ExtractionJob) -> None:
+class Addressed(Protocol):
+    """A job that says where it runs."""
+
+    @property
+    def address(self) -> str | None:
+        """Of a Ray cluster; None: as the environment says, or a local one."""
+
+
+def connect(job: Addressed) -> None:
     """Connect to the job's cluster, or start a local one; does nothing where Ray is connected.
 
     Raises:

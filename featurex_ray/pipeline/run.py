@@ -144,7 +144,7 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
     """
     job, started = request.job, request.started
     progress.say(f"{request.manifest.num_samples:,} samples in {redact(job.manifest)}")
-    with _cluster():
+    with ray_as_found():
         if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
             connect(job)
             refuse_local_store_on_many_hosts(request.store)
@@ -231,7 +231,7 @@ def _preview(request: Request, index: int, name: str, *, prune: bool) -> str:
 
 
 @contextmanager
-def _cluster() -> Iterator[None]:
+def ray_as_found() -> Iterator[None]:
     """Leave Ray as it was found: a cluster that this run started ends with it."""
     was_there = ray.is_initialized()
     try:

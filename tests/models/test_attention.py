@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from featurex_ray.models import motion
 from featurex_ray.models.attention import AdditiveAttention
 from featurex_ray.models.attention_cnn import AttentionCnn
 from featurex_ray.models.attention_convnet import AttentionConvNet
-from featurex_ray.models.backbones import Backbone, FeatureMap
+from featurex_ray.models.backbones import FeatureMap
 from featurex_ray.models.cnn_lstm import CnnLstm
 
 Arrays = dict[str, np.ndarray]
@@ -57,6 +58,43 @@ def gru(p: Arrays, xs: np.ndarray) -> np.ndarray:
     return np.array(states)
 
 
+def correlation(maps: np.ndarray) -> np.ndarray:
+    """Frame by frame: agreement with the frame before at nine shifts, averaged over nine regions."""
+    size = maps.shape[-1]
+    # As PyTorch's adaptive pooling has them: regions of a side that 3 doesn't divide overlap.
+    regions = [slice(i * size // 3, -(-(i + 1) * size // 3)) for i in range(3)]
+    rows = []
+    for t in range(len(maps)):
+        before = np.pad(maps[max(t - 1, 0)], ((0, 0), (1, 1), (1, 1)))
+        row = []
+        for down in range(3):
+            for right in range(3):
+                agreement = (maps[t] * before[:, down : down + size, right : right + size]).sum(axis=0)
+                row.append([agreement[a, b].mean() for a in regions for b in regions])
+        shifts = np.array(row) - np.mean(row, axis=0)
+        rows.append((shifts / (shifts.std(axis=0) + 1e-3)).ravel())
+    return np.array(rows)
+
+
+def test_compact_maps_are_unit_vectors_in_each_cell() -> None:
+    torch.manual_seed(6)
+    maps = torch.rand(3, 48, 5, 5)
+    kept = motion.compact(maps)
+    assert kept.shape == (3, motion.CHANNELS, 5, 5)
+    np.testing.assert_allclose(kept.norm(dim=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("down", "right"), [(0, 1), (0, -1), (1, 0), (-1, 0), (0, 0)])
+def test_correlation_finds_the_shift(down: int, right: int) -> None:
+    torch.manual_seed(7)
+    first = motion.compact(torch.rand(1, 64, 12, 12))[0]
+    maps = torch.stack([first, first.roll((down, right), dims=(1, 2))])
+    told = motion.correlate(maps[None])[0].reshape(2, 9, 9)[:, :, 4]  # the middle region has no border
+    # The frame before, moved against the shift, is the frame itself.
+    assert divmod(int(told[1].argmax()), 3) == (1 - down, 1 - right)
+    assert divmod(int(told[0].argmax()), 3) == (1, 1)
+
+
 def part(p: Arrays, prefix: str) -> Arrays:
     return {k.removeprefix(prefix): v for k, v in p.items() if k.startswith(prefix)}
 
@@ -81,12 +119,18 @@ def test_additive_attention_is_its_formula() -> None:
 @pytest.mark.parametrize(("rnn", "reference"), [("lstm", lstm), ("gru", gru)])
 def test_cnn_lstm_is_its_formula(rnn: str, reference: object) -> None:
     torch.manual_seed(2)
-    net = CnnLstm(Backbone("squeezenet1_1"), vector_size=12, rnn=rnn, hidden=8)
-    vectors = torch.randn(2, 16, 12)
-    feature, weights = net.embed_clips(vectors)
+    net = CnnLstm(FeatureMap("squeezenet1_1"), channels=12, rnn=rnn, hidden=8).eval()
+    net.standardise.running_mean.uniform_(-1, 1)
+    net.standardise.running_var.uniform_(0.5, 2)
+    items = torch.randn(2, 16, 12 + motion.CHANNELS * 13 * 13)
+    feature, weights = net.embed_clips(items)
     p = arrays(net)
     for b in range(2):
-        states = reference(part(p, "rnn."), vectors[b].double().numpy())
+        appearance, maps = np.split(items[b].double().numpy(), [12], axis=1)
+        vectors = np.hstack([appearance, correlation(maps.reshape(16, motion.CHANNELS, 13, 13))])
+        n = part(p, "standardise.")
+        scaled = (vectors - n["running_mean"]) / np.sqrt(n["running_var"] + 1e-5)
+        states = reference(part(p, "rnn."), scaled * n["weight"] + n["bias"])
         context, alpha = additive(part(p, "attention."), states[-1], states)
         assert_close(feature[b], context)
         assert_close(weights[b], alpha)
@@ -175,8 +219,8 @@ def test_attention_cnn_pools_with_the_mean_as_state() -> None:
     [
         (AttentionConvNet(), 32),
         (AttentionCnn(FeatureMap("squeezenet1_1"), channels=512), 64),
-        (CnnLstm(Backbone("squeezenet1_1"), vector_size=512, rnn="lstm", hidden=8), 64),
-        (CnnLstm(Backbone("squeezenet1_1"), vector_size=512, rnn="gru", hidden=8), 64),
+        (CnnLstm(FeatureMap("squeezenet1_1"), channels=512, rnn="lstm", hidden=8), 224),
+        (CnnLstm(FeatureMap("squeezenet1_1"), channels=512, rnn="gru", hidden=8), 224),
     ],
     ids=["attention_convnet", "attention_cnn", "lstm", "gru"],
 )

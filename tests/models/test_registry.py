@@ -15,7 +15,7 @@ OWN = "tests.models.own"
 def test_resolve_fills_in_the_defaults() -> None:
     spec = resolve("cnn_lstm, rnn=gru", weights="none").spec
     assert spec.name == "cnn_lstm"
-    assert spec.options == (("backbone", "mobilenet_v2"), ("hidden", "256"), ("rnn", "gru"))
+    assert spec.options == (("backbone", "squeezenet1_0"), ("hidden", "256"), ("rnn", "gru"))
     assert (spec.media, spec.dimension, spec.attention_shape) == ("video", 256, ())
     assert spec.weights.seeded == ("all",)
 
@@ -62,7 +62,8 @@ def test_resolve_hashes_the_source_of_ones_own(tmp_path: Path, monkeypatch: pyte
         ("torchvision/resnet19", "did you mean torchvision/resnet1"),
         ("torchvision/fasterrcnn_resnet50_fpn", "no model 'fasterrcnn_resnet50_fpn'"),
         ("torchvision/resnet18,rnn=gru", "takes no options"),
-        ("attention_convnet,backbone=resnet18", "takes no options"),
+        ("attention_convnet,backbone=resnet18", "no option 'backbone': it takes attention"),
+        ("attention_convnet,attention=maybe", "must be yes or no"),
         ("cnn_lstm,cell=gru", "no option 'cell': it takes backbone, rnn, hidden"),
         ("cnn_lstm,rnn", "an option is key=value"),
         ("cnn_lstm,rnn=rnn", "must be lstm or gru"),

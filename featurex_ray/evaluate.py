@@ -1,0 +1,229 @@
+"""How good the features of a table are: linear probe, nearest neighbours, retrieval."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from featurex_ray.errors import RequestError
+from featurex_ray.table.read import TableReader
+
+NEIGHBOURS = 5
+FOLDS = 5
+_QUERIES_AT_ONCE = 512
+_PROBE_ITERATIONS = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the features of labelled clips are worth.
+
+    Attributes:
+        num_train: Clips that the probe learned from and that neighbours were looked for among.
+        num_test: Clips that were asked about.
+        num_classes: Labels.
+        linear_probe: Accuracy of logistic regression on standardised features.
+        knn: Accuracy of the majority among the 5 nearest by cosine.
+        recall_at_1: Share of queries whose nearest clip is of their class.
+        recall_at_10: Share of queries with one of their class among the ten nearest.
+        mean_average_precision: Of ranking all clips by cosine.
+    """
+
+    num_train: int
+    num_test: int
+    num_classes: int
+    linear_probe: float
+    knn: float
+    recall_at_1: float
+    recall_at_10: float
+    mean_average_precision: float
+
+    def lines(self) -> list[str]:
+        """The figures in words."""
+        return [
+            f"{self.num_test:,} clips of {self.num_classes} classes, against {self.num_train:,}",
+            f"linear probe  {self.linear_probe:.1%}",
+            f"{NEIGHBOURS}-NN          {self.knn:.1%}",
+            f"recall@1      {self.recall_at_1:.1%}",
+            f"recall@10     {self.recall_at_10:.1%}",
+            f"mAP           {self.mean_average_precision:.3f}",
+        ]
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features with labels, from a table.
+
+    Attributes:
+        features: (N, D) float32.
+        labels: (N,) strings.
+        datasets: (N,) strings.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    datasets: np.ndarray
+
+    def of(self, dataset: str) -> "LabelledFeatures":
+        """Those of one dataset.
+
+        Raises:
+            RequestError: There are none.
+        """
+        chosen = self.datasets == dataset
+        if not chosen.any():
+            known = ", ".join(sorted(set(self.datasets.tolist())))
+            raise RequestError(f"the table has no labelled clips in dataset {dataset!r}; there are {known}")
+        return LabelledFeatures(self.features[chosen], self.labels[chosen], self.datasets[chosen])
+
+
+def read_labelled(table: TableReader, *, labels: str = "label") -> LabelledFeatures:
+    """Features and labels of a table; clips without a label are left out.
+
+    Args:
+        table: The table.
+        labels: Its column that says what a clip shows.
+
+    Raises:
+        RequestError: There is no such column, or fewer than two labels.
+    """
+    if labels not in table.dataset().schema.names:
+        raise RequestError(
+            f"the table has no column {labels!r}: extract from a manifest with a label column, "
+            "or name another one that was kept with --keep-columns"
+        )
+    rows = table.to_arrow(["dataset", "feature", labels])
+    rows = rows.filter(pc.is_valid(rows[labels]))
+    names = np.array(rows[labels].cast(pa.string()).to_pylist(), dtype=str)
+    if len(set(names.tolist())) < 2:
+        raise RequestError(f"column {labels!r} must tell at least two classes apart")
+    flat = pc.list_flatten(rows["feature"]).to_numpy().astype(np.float32)
+    datasets = np.array(rows["dataset"].cast(pa.string()).to_pylist(), dtype=str)
+    return LabelledFeatures(flat.reshape(len(names), -1), names, datasets)
+
+
+def evaluate(found: LabelledFeatures, *, train: str | None = None, test: str | None = None) -> Evaluation:
+    """Measure features.
+
+    Args:
+        found: All labelled features of a table.
+        train: The dataset to learn from and to look for neighbours in.
+        test: The dataset to ask about. With neither, each clip is asked about once: the probe
+            learns in five stratified folds, and neighbours are all other clips.
+
+    Raises:
+        RequestError: Only one of the two is given, or there is too little to measure.
+    """
+    if (train is None) != (test is None):
+        raise RequestError("give both --train-dataset and --test-dataset, or neither")
+    if train is not None and test is not None:
+        known, asked = found.of(train), found.of(test)
+        probe = _probe(known).score(asked.features, asked.labels)
+        return _evaluation(known, asked, float(probe), ranking(asked, known))
+    least = min(np.unique(found.labels, return_counts=True)[1])
+    if least < FOLDS:
+        raise RequestError(
+            f"a class has {least} clips, and {FOLDS} folds need {FOLDS}: "
+            "give --train-dataset and --test-dataset"
+        )
+    return _evaluation(found, found, _cross_validated(found), ranking(found, None))
+
+
+def ranking(asked: LabelledFeatures, known: LabelledFeatures | None) -> np.ndarray:
+    """For each query, whether the clips ranked by cosine are of its class.
+
+    Args:
+        asked: Q queries.
+        known: N clips to rank; None for the other queries.
+
+    Returns:
+        (Q, N) bool, the nearest first; (Q, Q - 1) without `known`.
+    """
+    among = known or asked
+    unit, gallery = _unit(asked.features), _unit(among.features)
+    rows = []
+    for first in range(0, len(unit), _QUERIES_AT_ONCE):
+        similarity = unit[first : first + _QUERIES_AT_ONCE] @ gallery.T
+        if known is None:
+            own = np.arange(len(similarity))
+            similarity[own, first + own] = -np.inf
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        if known is None:
+            order = order[:, :-1]
+        rows.append(among.labels[order] == asked.labels[first : first + len(order), None])
+    return np.concatenate(rows)
+
+
+def average_precision(relevant: np.ndarray) -> np.ndarray:
+    """Average precision of each ranking.
+
+    Args:
+        relevant: (Q, N) bool, the nearest first.
+
+    Returns:
+        (Q,) float64; 0 where nothing is relevant.
+    """
+    hits = np.cumsum(relevant, axis=1)
+    precision = hits / np.arange(1, relevant.shape[1] + 1)
+    found = np.maximum(hits[:, -1], 1)
+    average: np.ndarray = (precision * relevant).sum(axis=1) / found
+    return average
+
+
+def _evaluation(
+    known: LabelledFeatures, asked: LabelledFeatures, probe: float, relevant: np.ndarray
+) -> Evaluation:
+    return Evaluation(
+        num_train=len(known.labels),
+        num_test=len(asked.labels),
+        num_classes=len(set(known.labels.tolist())),
+        linear_probe=probe,
+        knn=_knn(asked, known if known is not asked else None),
+        recall_at_1=float(relevant[:, 0].mean()),
+        recall_at_10=float(relevant[:, :10].any(axis=1).mean()),
+        mean_average_precision=float(average_precision(relevant).mean()),
+    )
+
+
+def _probe(known: LabelledFeatures) -> Any:
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=_PROBE_ITERATIONS))
+    return classifier.fit(known.features, known.labels)
+
+
+def _cross_validated(found: LabelledFeatures) -> float:
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    right = 0
+    for rows, held in folds.split(found.features, found.labels):
+        fitted = _probe(LabelledFeatures(found.features[rows], found.labels[rows], found.datasets[rows]))
+        right += int((fitted.predict(found.features[held]) == found.labels[held]).sum())
+    return right / len(found.labels)
+
+
+def _knn(asked: LabelledFeatures, known: LabelledFeatures | None) -> float:
+    """Accuracy of the majority of the nearest; the nearer class wins a tie."""
+    among = known or asked
+    classes, targets = np.unique(among.labels, return_inverse=True)
+    similarity = _unit(asked.features) @ _unit(among.features).T
+    if known is None:
+        np.fill_diagonal(similarity, -np.inf)
+    count = min(NEIGHBOURS, len(targets) - (known is None))
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
+    # Votes first, then how near the voters are: similarity is at most 1, so it never outweighs a vote.
+    votes = np.zeros((len(similarity), len(classes)))
+    for rank in range(count):
+        column = nearest[:, rank]
+        rows = np.arange(len(votes))
+        votes[rows, targets[column]] += 1 + similarity[rows, column] / (4 * NEIGHBOURS)
+    return float((classes[votes.argmax(axis=1)] == asked.labels).mean())
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    length: np.ndarray = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: np.ndarray = vectors / np.where(length > 0, length, 1.0)
+    return unit

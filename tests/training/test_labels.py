@@ -1,0 +1,78 @@
+"""Labels and splits: what is refused, and that groups never stand on both sides."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from featurex_ray.errors import ManifestError, RequestError
+from featurex_ray.manifest import Manifest, read_manifest
+from featurex_ray.storage import ReadPolicy
+from featurex_ray.training.labels import read_labelled, split
+
+
+def manifest(folder: Path, labels: list[object], *, groups: list[str] | None = None) -> Manifest:
+    rows = [
+        {"uri": f"{i}.png", "dataset": "d"}
+        | ({} if label == "absent" else {"label": label})
+        | ({"group": groups[i]} if groups else {})
+        for i, label in enumerate(labels)
+    ]
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    keep = ("group",) if groups else ()
+    return read_manifest(str(path), keep_columns=keep, policy=ReadPolicy(str(path)))
+
+
+def test_classes_are_sorted_numbers_by_value(tmp_path: Path) -> None:
+    found = read_labelled(manifest(tmp_path, [10, 9, 10, 2]))
+    assert found.classes == ("2", "9", "10")
+    assert found.targets.tolist() == [2, 1, 2, 0]
+
+
+def test_the_hash_changes_with_a_label(tmp_path: Path) -> None:
+    first, same, other = (
+        read_labelled(manifest(tmp_path, labels)).sha256() for labels in (["a", "b"], ["a", "b"], ["b", "a"])
+    )
+    assert first == same != other
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["absent", "absent"], "no `label` column"),
+        (["a", "a"], "only one class, 'a'"),
+        (["a", None, "b", None], "2 samples have no label, such as '1.png', '3.png'"),
+    ],
+)
+def test_labels_fail(labels: list[object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=message):
+        read_labelled(manifest(tmp_path, labels))
+
+
+def test_labels_that_training_lacks_fail(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="lack: 'c'; these have 'a', 'b'"):
+        read_labelled(manifest(tmp_path, ["a", "c"]), classes=("a", "b"))
+
+
+def test_split_takes_its_share_of_each_class(tmp_path: Path) -> None:
+    found = read_labelled(manifest(tmp_path, ["a"] * 40 + ["b"] * 10))
+    rows, held = split(found, share=0.2, group_column=None)
+    assert sorted([*rows, *held]) == list(range(50))
+    assert [(found.targets[held] == t).sum() for t in (0, 1)] == [8, 2]
+    again = split(found, share=0.2, group_column=None)
+    assert held.tolist() == again[1].tolist()
+
+
+def test_split_keeps_groups_together(tmp_path: Path) -> None:
+    groups = [f"g{i // 4}" for i in range(40)]
+    found = read_labelled(manifest(tmp_path, ["a", "b"] * 20, groups=groups))
+    rows, held = split(found, share=0.25, group_column="group")
+    assert len(held) >= 10
+    assert not {groups[row] for row in rows} & {groups[row] for row in held}
+
+
+def test_split_that_leaves_a_class_without_training_fails(tmp_path: Path) -> None:
+    found = read_labelled(manifest(tmp_path, ["a"] * 4 + ["b"], groups=["x"] * 5))
+    with pytest.raises(RequestError, match="nothing to train on of 'a'"):
+        split(found, share=0.5, group_column="group")

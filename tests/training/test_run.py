@@ -1,0 +1,139 @@
+"""Whole trainings on a real Ray: what they leave behind, going on after a kill, and what they refuse."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import featurex_ray as fx
+from featurex_ray.errors import RequestError, RunError
+from featurex_ray.models.registry import resolve
+from featurex_ray.models.weights import read_card
+from featurex_ray.training.job import TrainingJob
+from featurex_ray.training.run import train
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def job(manifest: Path, output: Path | str, **options: Any) -> TrainingJob:
+    plain: dict[str, Any] = {
+        "extractor": "attention_convnet",
+        "dataset": "d",
+        "epochs": 3,
+        "batch_size": 8,
+        "lr": 0.03,
+        "optimizer": "sgd",
+        "validation_share": 0.25,
+    }
+    return TrainingJob(manifest=str(manifest), output=str(output), **plain | options)
+
+
+def test_a_training_leaves_weights_with_a_card_that_extraction_takes(
+    pictures: Path, tmp_path: Path, s3_root: str
+) -> None:
+    """On S3: weights, card, metrics, plot, TensorBoard; and the features are those of the weights."""
+    said: list[str] = []
+    report = train(job(pictures, f"{s3_root}/trained", group_column="scene"), say=said.append)
+    assert report.weights == f"{s3_root}/trained/weights.safetensors"
+    assert any("left out 1 that failed" in line for line in said)
+    assert any("epoch 3/3" in line and "s left" in line for line in said)
+
+    import fsspec
+
+    files = fsspec.filesystem("s3")
+    root = s3_root.removeprefix("s3://")
+    weights = files.cat(f"{root}/trained/weights.safetensors")
+    card = read_card(report.weights)
+    assert card["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert card["classes"] == ["blue", "green", "red"]
+    assert card["data"]["num_samples"] + card["data"]["num_validation_samples"] == 49
+    assert card["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert np.sum(card["metrics"]["confusion"]) == card["data"]["num_validation_samples"]
+    lines = files.cat(f"{root}/trained/metrics.jsonl").decode().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert files.cat(f"{root}/trained/metrics.png").startswith(b"\x89PNG")
+    assert files.glob(f"{root}/trained/tensorboard/events*")
+
+    resolved = resolve("attention_convnet", weights=report.weights)
+    assert resolved.spec.weights.sha256 == card["sha256"]
+    fx.run(
+        fx.ExtractionJob(
+            manifest=str(pictures),
+            output=str(tmp_path / "features"),
+            extractor="attention_convnet",
+            dataset="d",
+            weights=(report.weights,),
+        )
+    )
+    table = fx.open_table(str(tmp_path / "features/attention_convnet"))
+    assert table.facts.extractor["weights"]["sha256"] == card["sha256"]
+    with pytest.raises(RequestError, match="holds a training: --resume"):
+        train(job(pictures, f"{s3_root}/trained", group_column="scene"))
+    with pytest.raises(RequestError, match="with another lr"):
+        train(job(pictures, f"{s3_root}/trained", group_column="scene", lr=0.1, resume=True))
+
+
+DRIVER = """
+import sys
+from tests.training.test_run import job
+from featurex_ray.training.run import train
+train(job(*sys.argv[1:], epochs=200, augment="flip,shift:1"))
+"""
+
+
+def test_killed_and_resumed_it_ends_with_the_weights_of_a_training_that_was_not(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """Killed after some epochs; the rest gives the very weights, with one worker."""
+    killed = tmp_path / "killed"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(pictures), str(killed)],
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (killed / "metrics.jsonl").exists():
+        assert driver.poll() is None, "the driver ended before an epoch was done"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+    said: list[str] = []
+    options = {"epochs": 200, "augment": "flip,shift:1"}
+    train(job(pictures, killed, resume=True, **options), say=said.append)
+    resumed = next(int(line.split()[-1]) for line in said if line.startswith("going on after epoch"))
+    assert 1 <= resumed < 200
+    history = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == list(range(1, 201))
+    train(job(pictures, tmp_path / "whole", **options))
+    files = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert files[0] == files[1]
+
+
+def test_two_workers_train_together(pictures: Path, tmp_path: Path) -> None:
+    report = train(job(pictures, tmp_path / "out", workers=2, epochs=8))
+    assert report.history[-1]["train_loss"] < report.history[0]["train_loss"]
+    # Each sample that could be used was seen by one of the two.
+    (last,) = report.history[-1:]
+    assert np.sum(last["confusion"]) == report.card["data"]["num_validation_samples"]
+
+
+def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_good_weights(
+    pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=r"no number any more at step \d+ .*lower --lr"):
+        train(job(pictures, tmp_path / "out", lr=1e18, schedule="constant", warmup=0.9, epochs=6))
+
+
+def test_too_many_failures_fail(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"1 of \d+ samples can't be used \(truncated 1\)"):
+        train(job(pictures, tmp_path / "out", max_failure_rate=0.0, validation_share=0.0))
