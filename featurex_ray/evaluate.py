@@ -1,6 +1,6 @@
 """How good the features of a table are: linear probe, nearest neighbours, retrieval."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from featurex_ray.table.read import TableReader
 
 NEIGHBOURS = 5
 FOLDS = 5
-_QUERIES_AT_ONCE = 512
+_SIMILARITIES_AT_ONCE = 1 << 26
 _PROBE_ITERATIONS = 2000
 
 
@@ -125,39 +125,55 @@ def evaluate(found: LabelledFeatures, *, train: str | None = None, test: str | N
     if train is not None and test is not None:
         known, asked = found.of(train), found.of(test)
         probe = _probe(known).score(asked.features, asked.labels)
-        return _evaluation(known, asked, float(probe), ranking(asked, known))
+        return _evaluation(known, asked, float(probe))
     least = min(np.unique(found.labels, return_counts=True)[1])
     if least < FOLDS:
         raise RequestError(
             f"a class has {least} clips, and {FOLDS} folds need {FOLDS}: "
             "give --train-dataset and --test-dataset"
         )
-    return _evaluation(found, found, _cross_validated(found), ranking(found, None))
+    return _evaluation(found, found, _cross_validated(found))
 
 
-def ranking(asked: LabelledFeatures, known: LabelledFeatures | None) -> np.ndarray:
-    """For each query, whether the clips ranked by cosine are of its class.
+@dataclass(frozen=True)
+class Retrieval:
+    """How well the nearest clips by cosine are of a query's class; the figures of `Evaluation`."""
+
+    knn: float
+    recall_at_1: float
+    recall_at_10: float
+    mean_average_precision: float
+
+
+def retrieve(asked: LabelledFeatures, known: LabelledFeatures | None) -> Retrieval:
+    """Rank clips for each query.
 
     Args:
         asked: Q queries.
-        known: N clips to rank; None for the other queries.
-
-    Returns:
-        (Q, N) bool, the nearest first; (Q, Q - 1) without `known`.
+        known: N clips to rank; None for all other queries.
     """
     among = known or asked
     unit, gallery = _unit(asked.features), _unit(among.features)
-    rows = []
-    for first in range(0, len(unit), _QUERIES_AT_ONCE):
-        similarity = unit[first : first + _QUERIES_AT_ONCE] @ gallery.T
-        if known is None:
+    at_once = max(_SIMILARITIES_AT_ONCE // len(gallery), 1)
+    sums = np.zeros(4)
+    for first in range(0, len(unit), at_once):
+        similarity = unit[first : first + at_once] @ gallery.T
+        if known is None:  # nothing is its own neighbour
             own = np.arange(len(similarity))
             similarity[own, first + own] = -np.inf
         order = np.argsort(-similarity, axis=1, kind="stable")
-        if known is None:
-            order = order[:, :-1]
-        rows.append(among.labels[order] == asked.labels[first : first + len(order), None])
-    return np.concatenate(rows)
+        order = order[:, : order.shape[1] - (known is None)]
+        truth = asked.labels[first : first + len(order)]
+        relevant = among.labels[order] == truth[:, None]
+        nearest = order[:, :NEIGHBOURS]
+        voted = _majority(among.labels[nearest], np.take_along_axis(similarity, nearest, axis=1))
+        sums += [
+            (voted == truth).sum(),
+            relevant[:, 0].sum(),
+            relevant[:, :10].any(axis=1).sum(),
+            average_precision(relevant).sum(),
+        ]
+    return Retrieval(*(sums / len(unit)).tolist())
 
 
 def average_precision(relevant: np.ndarray) -> np.ndarray:
@@ -176,18 +192,13 @@ def average_precision(relevant: np.ndarray) -> np.ndarray:
     return average
 
 
-def _evaluation(
-    known: LabelledFeatures, asked: LabelledFeatures, probe: float, relevant: np.ndarray
-) -> Evaluation:
+def _evaluation(known: LabelledFeatures, asked: LabelledFeatures, probe: float) -> Evaluation:
     return Evaluation(
         num_train=len(known.labels),
         num_test=len(asked.labels),
         num_classes=len(set(known.labels.tolist())),
         linear_probe=probe,
-        knn=_knn(asked, known if known is not asked else None),
-        recall_at_1=float(relevant[:, 0].mean()),
-        recall_at_10=float(relevant[:, :10].any(axis=1).mean()),
-        mean_average_precision=float(average_precision(relevant).mean()),
+        **asdict(retrieve(asked, None if known is asked else known)),
     )
 
 
@@ -205,22 +216,16 @@ def _cross_validated(found: LabelledFeatures) -> float:
     return right / len(found.labels)
 
 
-def _knn(asked: LabelledFeatures, known: LabelledFeatures | None) -> float:
-    """Accuracy of the majority of the nearest; the nearer class wins a tie."""
-    among = known or asked
-    classes, targets = np.unique(among.labels, return_inverse=True)
-    similarity = _unit(asked.features) @ _unit(among.features).T
-    if known is None:
-        np.fill_diagonal(similarity, -np.inf)
-    count = min(NEIGHBOURS, len(targets) - (known is None))
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
-    # Votes first, then how near the voters are: similarity is at most 1, so it never outweighs a vote.
-    votes = np.zeros((len(similarity), len(classes)))
-    for rank in range(count):
-        column = nearest[:, rank]
-        rows = np.arange(len(votes))
-        votes[rows, targets[column]] += 1 + similarity[rows, column] / (4 * NEIGHBOURS)
-    return float((classes[votes.argmax(axis=1)] == asked.labels).mean())
+def _majority(labels: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+    """What most neighbours (Q, K) are; where votes are equal, the class whose voters are nearer."""
+    classes, targets = np.unique(labels, return_inverse=True)
+    votes = np.zeros((len(labels), len(classes)))
+    rows = np.arange(len(labels))
+    for rank, column in enumerate(targets.reshape(labels.shape).T):
+        # Similarity is at most 1, so that K of them never outweigh a vote.
+        votes[rows, column] += 1 + similarity[:, rank] / (4 * NEIGHBOURS)
+    winners: np.ndarray = classes[votes.argmax(axis=1)]
+    return winners
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

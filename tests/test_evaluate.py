@@ -1,0 +1,108 @@
+"""Measures of features, against their definitions and on features that are known to be good or bad."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from featurex_ray.errors import RequestError
+from featurex_ray.evaluate import LabelledFeatures, average_precision, evaluate, retrieve
+
+
+def clusters(count: int, *, spread: float, seed: int = 0, dataset: str = "d") -> LabelledFeatures:
+    """Five classes around centres that are far apart."""
+    rng = np.random.default_rng(seed)
+    centres = np.eye(5, 16) * 10
+    targets = np.arange(count) % 5
+    features = (centres[targets] + spread * rng.standard_normal((count, 16))).astype(np.float32)
+    labels = np.array([f"class {t}" for t in targets])
+    return LabelledFeatures(features, labels, np.full(count, dataset))
+
+
+def together(one: LabelledFeatures, other: LabelledFeatures) -> LabelledFeatures:
+    return LabelledFeatures(
+        np.concatenate([one.features, other.features]),
+        np.concatenate([one.labels, other.labels]),
+        np.concatenate([one.datasets, other.datasets]),
+    )
+
+
+def test_average_precision_is_scikit_learns() -> None:
+    rng = np.random.default_rng(1)
+    relevant = rng.random((20, 50)) < 0.3
+    scores = -np.arange(50)
+    wanted = [average_precision_score(row, scores) for row in relevant]
+    np.testing.assert_allclose(average_precision(relevant), wanted)
+    assert average_precision(np.zeros((1, 4), bool)).tolist() == [0]
+
+
+def test_good_features_measure_well_and_noise_does_not() -> None:
+    good = evaluate(clusters(100, spread=0.5))
+    assert good.linear_probe == good.knn == good.recall_at_1 == 1.0
+    assert good.mean_average_precision > 0.99
+    rng = np.random.default_rng(2)
+    noise = clusters(500, spread=0.5)
+    noise = LabelledFeatures(rng.standard_normal((500, 16)).astype(np.float32), noise.labels, noise.datasets)
+    bad = evaluate(noise)
+    assert 0.1 < bad.linear_probe < 0.3
+    assert 0.1 < bad.recall_at_1 < 0.3
+    assert bad.recall_at_10 > bad.recall_at_1
+
+
+def test_k_nn_is_scikit_learns() -> None:
+    known, asked = clusters(100, spread=4.0), clusters(100, spread=4.0, seed=9)
+    units = [f.features / np.linalg.norm(f.features, axis=1, keepdims=True) for f in (known, asked)]
+    # On unit vectors the nearest by distance are the nearest by cosine; ties apart, the vote is the same.
+    reference = KNeighborsClassifier(5, weights=lambda d: 1 + (1 - d**2 / 2) / 20)
+    wanted = reference.fit(units[0], known.labels).score(units[1], asked.labels)
+    assert retrieve(asked, known).knn == pytest.approx(wanted)
+
+
+def test_train_and_test_datasets_are_kept_apart() -> None:
+    table = together(clusters(50, spread=1.0, dataset="a"), clusters(20, spread=1.0, seed=3, dataset="b"))
+    found = evaluate(table, train="a", test="b")
+    assert (found.num_train, found.num_test, found.num_classes) == (50, 20, 5)
+    assert found.linear_probe > 0.9
+    with pytest.raises(RequestError, match="no labelled clips in dataset 'c'; there are a, b"):
+        evaluate(table, train="a", test="c")
+    with pytest.raises(RequestError, match="give both"):
+        evaluate(table, train="a")
+
+
+def test_too_few_clips_for_folds_fail() -> None:
+    with pytest.raises(RequestError, match="a class has 2 clips"):
+        evaluate(clusters(10, spread=1.0))
+
+
+def test_no_clip_is_its_own_neighbour() -> None:
+    pair = LabelledFeatures(np.eye(2, 4, dtype=np.float32), np.array(["a", "b"]), np.array(["d", "d"]))
+    assert retrieve(pair, None).recall_at_1 == 0
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_evaluate_reads_a_table(tmp_path: Path) -> None:
+    from PIL import Image
+
+    import featurex_ray as fx
+    from featurex_ray.evaluate import read_labelled
+    from featurex_ray.manifest import build_manifest
+    from tests.training.conftest import COLOURS, coloured
+
+    for index in range(30):
+        label = sorted(COLOURS)[index % 3]
+        (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(coloured(label, seed=index))
+        picture.save(tmp_path / "photos" / label / f"{index}.png")
+    build_manifest(str(tmp_path / "photos"), str(tmp_path / "m.parquet"))
+    job = fx.ExtractionJob(
+        manifest=str(tmp_path / "m.parquet"), output=str(tmp_path / "out"), extractor="attention_convnet"
+    )
+    fx.run(job)
+    table = fx.open_table(str(tmp_path / "out/attention_convnet"))
+    found = evaluate(read_labelled(table))
+    assert (found.num_test, found.num_classes) == (30, 3)
+    assert found.recall_at_10 > 0.9
+    with pytest.raises(RequestError, match="no column 'scene'"):
+        read_labelled(table, labels="scene")
