@@ -49,7 +49,8 @@ def decoded_dataset(labelled: LabelledSamples, settings: DecodeSettings) -> Data
     """Decode samples once, into the cluster's object store."""
     resources = ray.cluster_resources()
     num_samples = len(labelled.samples)
-    shape = block_shape(labelled.samples.to_batches()[0], num_samples=num_samples, resources=resources)
+    first = labelled.samples.to_batches()[0]
+    shape = block_shape(first, num_samples=num_samples, windowed=False, resources=resources)
     actors = min(
         max(int(resources.get("CPU", 1)), 1), most_actors(shape, num_samples=num_samples, windowed=False)
     )
