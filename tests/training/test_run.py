@@ -85,7 +85,7 @@ DRIVER = """
 import sys
 from tests.training.test_run import job
 from featurex_ray.training.run import train
-train(job(*sys.argv[1:], epochs=200, augment="flip,shift:1"))
+train(job(*sys.argv[1:], epochs=40, augment="flip,shift:1"))
 """
 
 
@@ -108,12 +108,12 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_a_training_that_was_not(
     driver.wait()
 
     said: list[str] = []
-    options = {"epochs": 200, "augment": "flip,shift:1"}
+    options = {"epochs": 40, "augment": "flip,shift:1"}
     train(job(pictures, killed, resume=True, **options), say=said.append)
     resumed = next(int(line.split()[-1]) for line in said if line.startswith("going on after epoch"))
-    assert 1 <= resumed < 200
+    assert 1 <= resumed < 40
     history = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in history] == list(range(1, 201))
+    assert [row["epoch"] for row in history] == list(range(1, 41))
     train(job(pictures, tmp_path / "whole", **options))
     files = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("killed", "whole")]
     assert files[0] == files[1]
