@@ -31,7 +31,7 @@ def write_naively(folder: str, kill_after: int | None) -> None:
             with (place / name).open("wb") as sink, pq.ParquetWriter(sink, part.schema) as out:
                 out.write_table(part.slice(0, 1))
                 sink.flush()
-                time.sleep(0.02)
+                time.sleep(0.3)
                 out.write_table(part.slice(1))
             if number == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -50,6 +50,7 @@ def halves(rows: list[tuple[str, int, int]]) -> int:
 
 
 def test_a_naive_writer_is_caught(tmp_path: Path, record: Record) -> None:
+    duckdb.sql("SELECT 1").fetchall()  # loaded before the writer starts
     writer = in_process(write_naively, str(tmp_path), 1)
     errors = partial = polls = 0
     while writer.is_alive():
