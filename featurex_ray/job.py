@@ -100,7 +100,9 @@ class ExtractionJob:
         "auto", help="Arithmetic of the forward pass; auto is bf16 where the hardware has it.", group="model"
     )
     batch_size: int | None = option(
-        None, help="Frames per device batch. Default: 64 on CPUs, 256 on GPUs.", group="model"
+        None,
+        help="Frames per device batch. Default: as many as make 8 pictures of 224x224 on CPUs, 128 on GPUs.",
+        group="model",
     )
     sampling: str | None = option(
         None,

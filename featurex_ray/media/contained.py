@@ -5,6 +5,7 @@ import math
 import mmap
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import av
@@ -16,6 +17,7 @@ from featurex_ray.contained.process import INBOX_BYTES
 from featurex_ray.contained.template import HEADER_BYTES, Outbox
 from featurex_ray.errors import DecodeError, ProbeError, SampleError
 from featurex_ray.media import decord_backend, pyav_backend
+from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage, load_plugins, set_bomb_check
 from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, carry_out
 from featurex_ray.media.preprocess import InputSpec
@@ -40,7 +42,8 @@ class ContainedWorkshop:
     """Carries out orders in a child process; see `Workshop`.
 
     A sample that loses its child twice (a crash, the deadline, memory) is a failure; those beside
-    it are not affected.
+    it are not affected. Where either decoder may be used, the second try is PyAV's: it reads all
+    that decord reads, and is the one that is still maintained.
 
     Args:
         options: How to decode.
@@ -56,6 +59,7 @@ class ContainedWorkshop:
         handler: str = DECODER,
     ) -> None:
         self._inputs = options.inputs
+        self._second: DecoderPolicy | None = "pyav" if options.policy == "decord+pyav" else None
         frame_bytes = sum(spec.frame_bytes for spec in options.inputs)
         self.process = ContainedProcess(
             handler,
@@ -66,6 +70,7 @@ class ContainedWorkshop:
 
     def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
         """See `Workshop`."""
+        orders = list(orders)
         done: dict[int, Done] = {}
         losses: Counter[int] = Counter()
         waiting = deque(range(len(orders)))
@@ -77,6 +82,7 @@ class ContainedWorkshop:
             except ChildLostError as error:
                 lost = batch[min(max(error.item, batch.index(waiting[0])), len(batch) - 1)]
                 losses[lost] += 1
+                orders[lost] = (replace(orders[lost][0], policy=self._second), orders[lost][1])
                 if losses[lost] == _TRIES:
                     waiting.remove(lost)
                     done[lost] = Done(_failure(error), math.nan)
@@ -134,7 +140,8 @@ def _rehearse(options: DecodeOptions) -> None:
         container.mux(stream.encode(None))
     request = ClipRequest(Sampling("uniform", 3), clip_seconds=0.3)
     for data in (image.getvalue(), video.getvalue(), video.getvalue()[:-400]):
-        for order in (Order(request), Order(request, cut=True)):
+        # By PyAV, whatever the policy: decord alone refuses this codec before anything is decoded.
+        for order in (Order(request, policy="pyav"), Order(request, cut=True)):
             carry_out(order, data, options)
 
 

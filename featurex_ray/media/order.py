@@ -43,12 +43,14 @@ class Order:
         media_type: `image` or `video` where the manifest says so; bytes of the other are a failure.
         clips: Of all the video's clips, those to decode; None for all.
         cut: Don't decode: say how a video is cut into units.
+        policy: Which video decoder, if not that of all others.
     """
 
     request: ClipRequest
     media_type: str | None = None
     clips: range | None = None
     cut: bool = False
+    policy: DecoderPolicy | None = None
 
 
 Outcome = DecodedImage | DecodedVideo | list[range] | SampleError
@@ -116,7 +118,7 @@ def _outcome(order: Order, data: Buffer, options: DecodeOptions) -> Outcome:
         order.request,
         inputs=options.inputs,
         clips=order.clips,
-        policy=options.policy,
+        policy=order.policy or options.policy,
         limits=options.limits,
     )
     _check_complete(video.complete, options)
