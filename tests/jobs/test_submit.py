@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from tests.conftest import CHECKOUT
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """Told outright: whether Ray asks for one by itself depends on files in the home directory."""
+
+KEY = {"AWS_SECRET_ACCESS_KEY": f"canary{secrets.token_hex(16)}"}
+
+PAGES = ["api/jobs/", "logical/actors"]
+"""What Ray's job API and dashboard tell of a job."""
 
 SECONDS_TO_START = 60
 
@@ -58,7 +64,7 @@ def cluster(s3_server: str) -> Iterator[str]:
             "--node-ip-address=127.0.0.1", f"--temp-dir={folder}",
             *(f"--{name}={port}" for name, port in ports.items()),
         ],
-        env=os.environ | TOKEN | {"PATH": f"{BIN}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": s3_server},
+        env=os.environ | TOKEN | KEY | {"PATH": f"{BIN}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": s3_server},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -99,6 +105,13 @@ def submit(address: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def told(address: str, page: str) -> str:
+    request = urllib.request.Request(f"{address}/{page}")
+    request.add_header("Authorization", f"Bearer {TOKEN['RAY_AUTH_TOKEN']}")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(answer.read().decode())
+
+
 def test_the_main_job_is_submitted_to_a_cluster(cluster: str, bundled_media: Path, s3_root: str) -> None:
     fsspec.filesystem("s3").put(f"{bundled_media}/images/", f"{s3_root}/media/", recursive=True)
     manifest = f"{s3_root}/m.parquet"
@@ -108,6 +121,11 @@ def test_the_main_job_is_submitted_to_a_cluster(cluster: str, bundled_media: Pat
     first = submit(cluster, *extract)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "attention_convnet: 12 done, 1 failed, 0 skipped" in first.stdout
+
+    pages = {page: told(cluster, page) for page in PAGES}
+    assert "jobs/extract.py" in pages["api/jobs/"]
+    assert "DecodeMedia" in pages["logical/actors"]
+    assert [page for page, text in pages.items() if KEY["AWS_SECRET_ACCESS_KEY"] in text] == []
 
     table = f"{s3_root}/out/attention_convnet"
     assert verify_table(table, manifest=manifest).ok
