@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test torture torture-hostile check format benchmark clean
+.PHONY: help demo test test-long torture torture-hostile check format benchmark clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -25,11 +25,14 @@ demo: $(INSTALLED)  ## Run the whole thing on bundled media and an embedded S3 s
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest
 
+test-long: $(INSTALLED)  ## Run the tests that take a minute or more each: killed nodes, pools under pressure, trainings
+	$(BIN)/python -m pytest -m long
+
 torture: $(INSTALLED)  ## Run the fault campaigns at full counts (hours); figures into tests/faults/README.md
-	FEATUREX_TORTURE=1 FEATUREX_FIGURES=1 $(BIN)/python -m pytest tests/faults
+	FEATUREX_TORTURE=1 FEATUREX_FIGURES=1 $(BIN)/python -m pytest -m "long or not long" tests/faults
 
 torture-hostile: $(INSTALLED)  ## Run the campaigns with hostile media at full counts
-	FEATUREX_TORTURE=1 $(BIN)/python -m pytest -s tests/hostile
+	FEATUREX_TORTURE=1 $(BIN)/python -m pytest -m "long or not long" -s tests/hostile
 
 check: $(INSTALLED)  ## Lint, types, layers: what CI checks
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -169,6 +169,7 @@ def rows(root: str) -> pa.Table:
     return table.drop_columns(["run_id"]).sort_by([("sample_id", "ascending"), ("clip_index", "ascending")])
 
 
+@pytest.mark.long
 def test_workers_are_killed_and_replaced_and_the_table_is_that_of_one_node(
     nodes: Cluster, s3_root: str, tmp_path: Path
 ) -> None:
@@ -214,6 +215,7 @@ def test_workers_are_killed_and_replaced_and_the_table_is_that_of_one_node(
     assert verify_table(f"{s3_root}/cluster/{TABLE}", manifest=manifest).ok
 
 
+@pytest.mark.long
 def test_a_stopped_job_says_so_and_keeps_what_it_staged(nodes: Cluster, s3_root: str, tmp_path: Path) -> None:
     media = pictures(tmp_path / "media", 600)
     fsspec.filesystem("s3").put(f"{media}/", f"{s3_root}/media/", recursive=True)

@@ -170,6 +170,7 @@ def test_backfills_that_overlap_come_to_the_same_table(pictures: list[Path], tmp
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.long
 def test_a_budget_stops_at_a_plans_end(pictures: list[Path], tmp_path: Path) -> None:
     write_day(tmp_path, 1, dict.fromkeys(pictures, "1"))
     left = []

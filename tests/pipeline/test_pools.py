@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from featurex_ray.manifest import build_manifest
@@ -44,6 +45,7 @@ def run(manifest: Path, output: Path, **options: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_a_slow_extractor_holds_decoding_back_and_nothing_spills(tmp_path: Path) -> None:
     """Twice the object store's size in frames goes through it."""
     (tmp_path / "media").mkdir()
@@ -64,6 +66,7 @@ def test_a_slow_extractor_holds_decoding_back_and_nothing_spills(tmp_path: Path)
     assert seen["fewest_workers"]["decode"] == 1 < seen["most_workers"]["decode"] <= 3
 
 
+@pytest.mark.long
 def test_slow_media_leave_the_extractors_idle_and_decode_its_cpus(tmp_path: Path) -> None:
     (tmp_path / "media").mkdir()
     ramp = np.tile(np.arange(3000, dtype=np.uint16)[None, :, None] % 256, (3000, 1, 3)).astype(np.uint8)

@@ -98,6 +98,7 @@ print(json.dumps([report.planned, report.num_units]))
 """
 
 
+@pytest.mark.long
 def test_drivers_share_the_work(tmp_path: Path) -> None:
     """Each takes plans that no other has, all wait for all, and no sample is done twice (R4)."""
     noise = np.random.default_rng(1)

@@ -89,6 +89,7 @@ train(job(*sys.argv[1:], epochs=40, augment="flip,shift:1"))
 """
 
 
+@pytest.mark.long
 def test_killed_and_resumed_it_ends_with_the_weights_of_a_training_that_was_not(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_a_training_that_was_not(
     assert files[0] == files[1]
 
 
+@pytest.mark.long
 def test_two_workers_train_together(pictures: Path, tmp_path: Path) -> None:
     report = train(job(pictures, tmp_path / "out", workers=2, epochs=8))
     assert report.history[-1]["train_loss"] < report.history[0]["train_loss"]
@@ -128,6 +130,7 @@ def test_two_workers_train_together(pictures: Path, tmp_path: Path) -> None:
     assert np.sum(last["confusion"]) == report.card["data"]["num_validation_samples"]
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_good_weights(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +138,7 @@ def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_good_weights(
         train(job(pictures, tmp_path / "out", lr=1e18, schedule="constant", warmup=0.9, epochs=6))
 
 
+@pytest.mark.long
 def test_too_many_failures_fail(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"1 of \d+ samples can't be used \(truncated 1\)"):
         train(job(pictures, tmp_path / "out", max_failure_rate=0.0, validation_share=0.0))
