@@ -72,7 +72,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 def learned(train: Examples, test: Examples, backbone: str) -> float:
     """Accuracy on clips of other photographs."""
     job = TrainingJob(
-        manifest="m", output="o", extractor="cnn_lstm", mode="head-only", epochs=40, batch_size=12, lr=0.003
+        manifest="m", output="o", extractor="cnn_lstm", mode="head-only", epochs=60, batch_size=12, lr=0.003
     )
     learner = Learner(
         job,
