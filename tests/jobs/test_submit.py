@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import pytest
 import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
 from featurex_ray.table.verify import verify_table
+from tests.cluster.nodes import answers, free_port
 from tests.conftest import CHECKOUT
 
 BIN = Path(sys.executable).parent
@@ -31,20 +31,6 @@ PAGES = ["api/jobs/", "logical/actors"]
 """What Ray's job API and dashboard tell of a job."""
 
 SECONDS_TO_START = 60
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
