@@ -204,7 +204,7 @@ def cli() -> None:
 )
 def demo(keep: str | None) -> None:
     """Run the whole thing on bundled media and an embedded S3 server, and show the result."""
-    from featurex_ray.demo import run_demo
+    from featurex_ray.demo.walkthrough import run_demo
 
     run_demo(keep=keep)
 
@@ -418,31 +418,64 @@ def retry(table: str, code: str | None, dataset: str | None, weights: str | None
 
 @cli.command()
 @click.option(
-    "--media", metavar="URI", help="Folder or prefix of media to measure on. Default: bundled images."
+    "--media",
+    metavar="URI",
+    help="Folder or prefix of media to measure on, or a Parquet manifest. Default: bundled images.",
 )
-@click.option("--extractor", default="torchvision/resnet18", show_default=True, metavar="NAME")
 @click.option(
-    "--weights", default="none", show_default=True, metavar="URI", help="Seeded ones are as fast as any."
+    "--extractor",
+    "extractors",
+    multiple=True,
+    default=["torchvision/resnet18"],
+    show_default=True,
+    metavar="NAME",
+    help="Several share decoding.",
 )
-@click.option("--samples", default=1000, show_default=True, help="Samples of the pipeline's run.")
+@click.option(
+    "--weights", multiple=True, metavar="URI", help="As for extract. Default: seeded, as fast as any."
+)
+@click.option("--sampling", metavar="RULE", help="Frames of a video. Default: the extractor's own.")
+@click.option("--samples", default=1000, show_default=True, help="Samples of the large run.")
+@click.option("--repeats", default=1, show_default=True, help="Of every run; medians are shown.")
+@click.option(
+    "--compare", is_flag=True, help="Also run a torch DataLoader loop, and Ray Data as its docs show."
+)
+@click.option(
+    "--latency-ms", default=0.0, metavar="MS", help="Also run from an S3 server that adds this to each GET."
+)
 @click.option(
     "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True
 )
 @click.option("--batch-size", type=int, help="Frames per device batch. Default: what suits the device.")
 @click.option("--device", metavar="DEVICE", help="Such as cuda. Default: a GPU where there is one.")
-@click.option(
-    "--ray/--no-ray", "with_ray", default=True, help="Run the whole pipeline too, or the stages alone."
-)
+@click.option("--address", metavar="ADDRESS", help="Of a Ray cluster. Default: a local one for each run.")
+@click.option("--ray/--no-ray", "with_ray", default=True, help="Whole runs too, or the stages alone.")
+@click.option("--plot", metavar="FILE.png", help="Draw how busy the stages were over time.")
 @click.option("--json", "path", metavar="FILE", help="Write all figures there as well.")
-def benchmark(path: str | None, media: str | None, samples: int, **options: Any) -> None:
-    """Measure this machine: each stage alone, the bound they imply, and the pipeline against it."""
-    from featurex_ray.demo.walkthrough import MEDIA
-    from featurex_ray.pipeline.benchmark import benchmark as measure
+def benchmark(path: str | None, plot: str | None, media: str | None, **options: Any) -> None:
+    """Measure this machine: each stage alone, the bound they imply, and runs against it.
 
-    found = measure(media or str(MEDIA / "images"), num_samples=samples, **options)
+    \b
+    featurex benchmark --media s3://bucket/photos/ --samples 3000 --compare --plot occupancy.png
+
+    Every run is timed twice, over a quarter of the samples and over all of them: what the longer one
+    took more gives the rate, the rest is start-up.
+    """
+    from featurex_ray.benchmark.measure import Settings
+    from featurex_ray.benchmark.measure import benchmark as measure
+    from featurex_ray.demo import MEDIA
+
+    found = measure(
+        Settings(media=media or str(MEDIA / "images"), **options), lambda said: click.echo(said, err=True)
+    )
     click.echo("\n".join(found.lines()))
     if path:
         Path(path).write_text(json.dumps(found.to_json(), indent=1))
+    occupancy = found.occupancy()
+    if plot and occupancy:
+        from featurex_ray.benchmark.plot import plot_occupancy
+
+        Path(plot).write_bytes(plot_occupancy(occupancy, title=f"{', '.join(found.settings.extractors)}"))
 
 
 @cli.command()

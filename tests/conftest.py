@@ -8,8 +8,7 @@ from pathlib import Path
 import botocore.session
 import pytest
 
-from featurex_ray.demo import server
-from featurex_ray.demo.walkthrough import MEDIA
+from featurex_ray.demo import MEDIA, server
 
 CHECKOUT = Path(__file__).parents[1]
 

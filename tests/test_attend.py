@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from featurex_ray.attend import attend_image, attend_video, draw, overlay
-from featurex_ray.demo.walkthrough import MEDIA
+from featurex_ray.demo import MEDIA
 from featurex_ray.errors import RequestError
 from featurex_ray.models.registry import resolve
 

@@ -1,5 +1,6 @@
 """The demo: the whole way on bundled media and an S3 server of its own."""
 
-from featurex_ray.demo.walkthrough import run_demo
+from pathlib import Path
 
-__all__ = ["run_demo"]
+MEDIA = Path(__file__).parent / "media"
+"""Images and videos that come with the package; SOURCES.md beside them names sources and licences."""

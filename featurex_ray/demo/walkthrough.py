@@ -7,6 +7,7 @@ import click
 import fsspec
 
 from featurex_ray.console import print_rows
+from featurex_ray.demo import MEDIA
 from featurex_ray.demo.server import s3_server
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import build_manifest
@@ -15,7 +16,6 @@ from featurex_ray.pipeline.report import RunReport, report_lines
 from featurex_ray.pipeline.run import run
 from featurex_ray.table.read import open_table
 
-MEDIA = Path(__file__).parent / "media"
 BUCKET = "s3://featurex-demo"
 OUTPUT = f"{BUCKET}/features"
 

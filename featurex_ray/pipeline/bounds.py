@@ -2,6 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
+
+MOST_LOOKS = 400
+"""At how busy the stages are, that a run keeps."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,41 @@ class StageState:
 
 
 @dataclass
+class Occupancy:
+    """How busy each stage was over time: a few hundred looks at most, however long the run.
+
+    Attributes:
+        seconds: When, since the first look.
+        busy: By stage, the workers that had something to do.
+        samples: Samples that were staged by then.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    busy: dict[str, list[int]] = field(default_factory=dict)
+    samples: list[int] = field(default_factory=list)
+    _every: int = 1
+    _seen: int = 0
+
+    def add(self, seconds: float, stages: dict[str, StageState], samples: int) -> None:
+        """Note one look, unless so many were noted that only each second, fourth ... one is."""
+        if self._seen % self._every == 0:
+            self.seconds.append(round(seconds, 1))
+            self.samples.append(samples)
+            for name, stage in stages.items():
+                before = self.busy.setdefault(name, [0] * (len(self.seconds) - 1))
+                before.append(min(stage.workers, stage.tasks))
+        self._seen += 1
+        if len(self.seconds) == MOST_LOOKS:
+            self._every *= 2
+            self.seconds, self.samples = self.seconds[::2], self.samples[::2]
+            self.busy = {name: counts[::2] for name, counts in self.busy.items()}
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """Columns of equal length."""
+        return {"seconds": self.seconds, **self.busy, "samples": self.samples}
+
+
+@dataclass
 class Watched:
     """What was seen of a run.
 
@@ -41,6 +80,8 @@ class Watched:
         fewest_workers: The fewest, once it had one.
         object_store_peak_bytes: The most that the run used of the object store, by Ray's account.
         spilled_bytes: What Ray spilled of the run's blocks, by Ray's account.
+        occupancy: How busy the stages were over time.
+        samples: Samples that are staged by now.
     """
 
     bounds: Counter[str] = field(default_factory=Counter)
@@ -48,9 +89,14 @@ class Watched:
     fewest_workers: dict[str, int] = field(default_factory=dict)
     object_store_peak_bytes: int = 0
     spilled_bytes: int = 0
+    occupancy: Occupancy = field(default_factory=Occupancy)
+    samples: int = 0
 
-    def see(self, stages: dict[str, StageState], *, object_store_bytes: int, spilled_bytes: int) -> None:
-        """Note one look at the run."""
+    def see(
+        self, stages: dict[str, StageState], *, seconds: float, object_store_bytes: int, spilled_bytes: int
+    ) -> None:
+        """Note one look at the run, so many seconds after the first."""
+        self.occupancy.add(seconds, stages, self.samples)
         self.object_store_peak_bytes = max(self.object_store_peak_bytes, object_store_bytes)
         self.spilled_bytes = max(self.spilled_bytes, spilled_bytes)
         for name, stage in stages.items():

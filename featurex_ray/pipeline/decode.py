@@ -185,11 +185,22 @@ class DecodeMedia:
         start = time.perf_counter()
         media = fetch_media([row for row in rows if not row.get("error")], self._fetcher)
         # What fetching took of the actor's time; the objects of a block are fetched at the same time.
-        costs = {"fetch_seconds": (time.perf_counter() - start) / max(len(rows), 1)}
+        return self.decode(rows, media, fetch_seconds=(time.perf_counter() - start) / max(len(rows), 1))
+
+    def decode(
+        self, units: list[dict[str, Any]], media: dict[Any, Media], *, fetch_seconds: float
+    ) -> pa.Table:
+        """Units with frames, of units and their media by `media_key`.
+
+        Args:
+            units: Rows in the schema `CUT`.
+            media: What was fetched for those that have no error.
+            fetch_seconds: What fetching took, a unit.
+        """
         with self._decoding:
-            decoded = self._decode(rows, media)
+            decoded = self._decode(units, media)
             peak = max(peak_bytes(), self._workshop.peak_bytes())
-        costs["decode_peak_bytes"] = peak
+        costs = {"fetch_seconds": fetch_seconds, "decode_peak_bytes": peak}
         decoded = [row | costs for row in decoded]
         metrics.count_decoded(decoded)
         return to_table(decoded, self._schema)

@@ -4,14 +4,15 @@ Ray serves them at each node's metrics port and puts `ray_` before their names. 
 processes that come and go: look at their `rate()`. A stage that runs without Ray tells nobody.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import ray
-from ray.util.metrics import Counter, Gauge, Histogram
+if TYPE_CHECKING:
+    from ray.util.metrics import Counter, Gauge, Histogram
 
 
 class Declared(NamedTuple):
@@ -52,19 +53,31 @@ PUBLISH_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 
 
 @lru_cache
-def _counter(name: str) -> Counter:
+def _counter(name: str) -> "Counter":
+    from ray.util.metrics import Counter
+
     return Counter(name, METRICS[name].description, METRICS[name].labels)
 
 
 @lru_cache
-def _gauge(name: str) -> Gauge:
+def _gauge(name: str) -> "Gauge":
+    from ray.util.metrics import Gauge
+
     return Gauge(name, METRICS[name].description, METRICS[name].labels)
 
 
 @lru_cache
-def _histogram(name: str) -> Histogram:
+def _histogram(name: str) -> "Histogram":
+    from ray.util.metrics import Histogram
+
     declared = METRICS[name]
     return Histogram(name, declared.description, boundaries=PUBLISH_SECONDS, tag_keys=declared.labels)
+
+
+def _has_ray() -> bool:
+    """Whether this process is part of a Ray cluster; stages are measured where Ray isn't even installed."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def count(name: str, value: float = 1, **labels: str) -> None:
@@ -73,13 +86,13 @@ def count(name: str, value: float = 1, **labels: str) -> None:
     Raises:
         KeyError: It is not declared above; so with the others.
     """
-    if value > 0 and ray.is_initialized():
+    if value > 0 and _has_ray():
         _counter(name).inc(value, labels)
 
 
 def show(name: str, value: float, **labels: str) -> None:
     """Set a gauge."""
-    if ray.is_initialized():
+    if _has_ray():
         _gauge(name).set(value, labels)
 
 
@@ -88,7 +101,7 @@ def published(table: str) -> Iterator[None]:
     """Note how long what happens inside takes: the publishing of a plan."""
     start = time.perf_counter()
     yield
-    if ray.is_initialized():
+    if _has_ray():
         _histogram("featurex_publish_seconds").observe(time.perf_counter() - start, {"table": table})
 
 

@@ -140,7 +140,8 @@ class RunReport:
             "planned": self.planned,
             "failed": self.failed,
             "clips_per_second": self.rates(),
-            "watched": vars(self.watched) | {"bounds": self.bounded_by()},
+            "watched": vars(self.watched)
+            | {"bounds": self.bounded_by(), "occupancy": self.watched.occupancy.to_json()},
         }
 
 

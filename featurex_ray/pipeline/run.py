@@ -361,6 +361,7 @@ def _execute(
             report.startup_seconds = report.startup_seconds or time.monotonic() - started
             report.count(staged)
             samples, whole = tracker.add(staged)
+            report.watched.samples += samples
             failed = sum(any(codes) for codes in staged["error_codes"].to_pylist())
             clips = pc.sum(staged["num_unit_clips"]).as_py() or 0
             progress.advance(samples=samples, clips=clips, failed=failed)

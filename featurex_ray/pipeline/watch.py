@@ -35,6 +35,7 @@ class _Look(ExecutionCallback):
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
         self._last = 0.0
+        self._first = time.monotonic()
 
     def on_execution_step(self, executor: Any) -> None:
         """Look, if it is time."""
@@ -51,7 +52,8 @@ class _Look(ExecutionCallback):
         stages = _stages(executor)
         used = int(executor._resource_manager.get_global_usage().object_store_memory or 0)
         spilled = sum(op.metrics.obj_store_mem_spilled for op in executor._topology)
-        self._watched.see(stages, object_store_bytes=used, spilled_bytes=spilled)
+        seconds = time.monotonic() - self._first
+        self._watched.see(stages, seconds=seconds, object_store_bytes=used, spilled_bytes=spilled)
         for name, stage in stages.items():
             metrics.show("featurex_queued_blocks", stage.queued, stage=name)
             metrics.show("featurex_pool_workers", stage.workers, stage=name, state="all")

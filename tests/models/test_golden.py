@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurex_ray.demo.walkthrough import MEDIA
+from featurex_ray.demo import MEDIA
 from featurex_ray.media.image import decode_image
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, decode_video

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from featurex_ray.demo.walkthrough import MEDIA
+from featurex_ray.demo import MEDIA
 from featurex_ray.models.build import save_weights
 from featurex_ray.models.classifier import build_classifier
 from featurex_ray.models.registry import resolve

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from featurex_ray.pipeline.bounds import StageState, Watched, bound_of, shares
+from featurex_ray.pipeline.bounds import MOST_LOOKS, Occupancy, StageState, Watched, bound_of, shares
 
 
 def idle() -> StageState:
@@ -52,9 +52,31 @@ def test_watched_keeps_the_extremes() -> None:
     watched = Watched()
     for workers, used, spilled in ((0, 5, 0), (3, 9, 0), (1, 2, 7)):
         watched.see(
-            {"decode": StageState(workers, workers, 0)}, object_store_bytes=used, spilled_bytes=spilled
+            {"decode": StageState(workers, workers, 0)},
+            seconds=1.0,
+            object_store_bytes=used,
+            spilled_bytes=spilled,
         )
     assert watched.most_workers == {"decode": 3}
     assert watched.fewest_workers == {"decode": 1}
     assert (watched.object_store_peak_bytes, watched.spilled_bytes) == (9, 7)
     assert watched.bounds == Counter(decode=2)
+
+
+def test_occupancy_of_a_long_run_thins_out_and_still_spans_it() -> None:
+    occupancy = Occupancy()
+    for second in range(10_000):
+        stages = {"decode": StageState(4, 2, 0)}
+        if second >= 5:
+            stages["extract"] = StageState(2, 6, 0)
+        occupancy.add(second, stages, 3 * second)
+    columns = occupancy.to_json()
+    assert {len(column) for column in columns.values()} == {len(occupancy.seconds)}
+    assert MOST_LOOKS / 2 <= len(occupancy.seconds) <= MOST_LOOKS
+    steps = {b - a for a, b in zip(occupancy.seconds, occupancy.seconds[1:], strict=False)}
+    assert len(steps) == 1
+    assert occupancy.seconds[-1] > 9_900
+    assert set(occupancy.busy["decode"]) == {2}
+    assert occupancy.busy["extract"][0] == 0
+    assert occupancy.busy["extract"][-1] == 2
+    assert occupancy.samples == [3 * second for second in occupancy.seconds]

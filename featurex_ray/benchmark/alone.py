@@ -1,0 +1,139 @@
+"""What each stage costs when it runs alone, and the bound that follows."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featurex_ray.errors import RequestError
+from featurex_ray.media.sampling import Sampling
+from featurex_ray.media.video import resolve_policy
+from featurex_ray.models.embed import Embedder
+from featurex_ray.models.registry import ResolvedExtractor
+from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, Media, fetch_media, whole_unit
+from featurex_ray.pipeline.extract import frame_array
+from featurex_ray.storage import Fetcher, ReadPolicy
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage costs when it runs alone, a sample.
+
+    Attributes:
+        cpu_seconds: CPU seconds of the whole process.
+        seconds: Wall-clock seconds.
+    """
+
+    cpu_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The stages alone.
+
+    Attributes:
+        samples: How many were measured.
+        fetch: Reading the media, many at a time.
+        decode: Decoding and preprocessing, for all extractors at once.
+        embed: Each extractor's forward passes, by its name, one CPU thread.
+        device: Where they ran, such as `cpu` or `cuda:0`.
+    """
+
+    samples: int
+    fetch: StageCost
+    decode: StageCost
+    embed: dict[str, StageCost]
+    device: str
+
+    def bound(self, num_cpus: int) -> float:
+        """Samples a second that the machine allows.
+
+        All CPUs over the CPU seconds of a sample; on a GPU the device's own time a sample is the
+        other bound, and the smaller one holds.
+        """
+        read = self.fetch.cpu_seconds + self.decode.cpu_seconds
+        if self.device == "cpu":
+            return num_cpus / (read + sum(cost.cpu_seconds for cost in self.embed.values()))
+        return min(num_cpus / read, 1 / sum(cost.seconds for cost in self.embed.values()))
+
+
+def measure_alone(
+    samples: pa.Table,
+    extractors: Sequence[ResolvedExtractor],
+    *,
+    policy: ReadPolicy,
+    sampling: str,
+    precision: str,
+    device: str | None,
+    batch_size: int | None,
+) -> Costs:
+    """Fetch, decode and embed some samples in this process, one stage after the other.
+
+    Args:
+        samples: In the schema `PLANNED`.
+        extractors: All see the same decoded media.
+        policy: What may be read.
+        sampling: Which frames of a video.
+        precision: Resolved.
+        device: Such as `cuda`; None for a GPU where there is one.
+        batch_size: Frames of a device batch, None for the default.
+
+    Raises:
+        RequestError: Not one sample could be decoded.
+    """
+    rows = samples.to_pylist()
+    inputs = tuple(dict.fromkeys(e.spec.input for e in extractors))
+    settings = DecodeSettings(
+        policy=policy,
+        inputs=inputs,
+        sampling=Sampling.parse(sampling),
+        clip_seconds=None,
+        clip_stride_seconds=None,
+        decoder=resolve_policy("auto"),
+        isolation="none",  # CPU seconds are this process's; a child's cost a few percent more
+    )
+    with Fetcher(policy) as fetcher:
+        fetch_media(rows[:4], fetcher)  # first connections and imports are start-up, not the stage
+        fetch, media = _measured(len(rows), lambda: fetch_media(rows, fetcher))
+    decode, units = _decode_alone(settings, rows, media)
+    embed, where = {}, ""
+    for extractor in extractors:
+        embedder = Embedder(
+            extractor, precision=precision, device=device, batch_frames=batch_size, num_threads=1
+        )
+        embed[extractor.spec.name] = _embed_alone(embedder, units, inputs.index(extractor.spec.input))
+        where = str(embedder.device)
+    return Costs(len(rows), fetch, decode, embed, where)
+
+
+def _measured(samples: int, work: Callable[[], Any]) -> tuple[StageCost, Any]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = work()
+    spent = StageCost((time.process_time() - cpu) / samples, (time.perf_counter() - wall) / samples)
+    return spent, result
+
+
+def _decode_alone(
+    settings: DecodeSettings, rows: list[dict[str, Any]], media: dict[Any, Media]
+) -> tuple[StageCost, pa.Table]:
+    decode = DecodeMedia(settings)
+    units = [whole_unit(row) for row in rows]
+    decode.decode(units[:4], media, fetch_seconds=0.0)
+    cost, decoded = _measured(len(rows), lambda: decode.decode(units, media, fetch_seconds=0.0))
+    good = decoded.filter(decoded["error"].is_null())
+    if not len(good):
+        message = decoded["error"][0].as_py()["message"]
+        raise RequestError(f"none of the first {len(rows)} samples could be decoded; the first: {message}")
+    return cost, good
+
+
+def _embed_alone(embedder: Embedder, units: pa.Table, index: int) -> StageCost:
+    frames = frame_array(units[f"frames_{index}"], embedder.spec.input)
+    lengths = np.array([c["num_frames"] for clips in units["clips"].to_pylist() for c in clips])
+    first = max(int(np.searchsorted(np.cumsum(lengths), embedder.batch_frames)), 1)
+    embedder.embed(frames[: lengths[:first].sum()], lengths[:first])
+    return _measured(len(units), lambda: embedder.embed(frames, lengths))[0]

@@ -1,0 +1,109 @@
+"""Timed runs, ours and the peers': each a fresh process on the same manifest, timed from outside."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurex_ray.errors import RunError
+
+PEER_NAMES = {"dataloader": "torch DataLoader loop", "ray-data": "Ray Data as its docs show"}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run of one contender.
+
+    Attributes:
+        samples: Of its manifest.
+        seconds: From the process's start to its end.
+        report: Its run report, where it is ours.
+    """
+
+    samples: int
+    seconds: float
+    report: dict[str, Any] | None = None
+
+
+@dataclass
+class Contender:
+    """Somebody who does the work, and the runs that were timed: a small and a large one each time.
+
+    Attributes:
+        name: As people know it.
+        command: Its process, but for manifest and output.
+        small: Runs over few samples.
+        large: Runs over many.
+    """
+
+    name: str
+    command: Sequence[str]
+    is_ours: bool = False
+    small: list[Timed] = field(default_factory=list)
+    large: list[Timed] = field(default_factory=list)
+
+    @property
+    def steady_rate(self) -> float:
+        """Samples a second once it runs: what the large run did more than the small one, over the time
+        that it took longer. Start and end are in both, and cancel. The median of all repeats."""
+        return statistics.median(
+            (large.samples - small.samples) / (large.seconds - small.seconds)
+            for small, large in zip(self.small, self.large, strict=True)
+        )
+
+    @property
+    def whole_rate(self) -> float:
+        """Samples a second of the large run from start to end; the median."""
+        return statistics.median(run.samples / run.seconds for run in self.large)
+
+    @property
+    def startup_seconds(self) -> float:
+        """What a run takes beyond its samples at the steady rate; the median."""
+        return statistics.median(run.seconds for run in self.large) - self.large[0].samples / self.steady_rate
+
+    def run(self, small: Path, large: Path, sizes: tuple[int, int], scratch: Path) -> None:
+        """Do both once, on manifests of the two sizes."""
+        self.small.append(self._timed(small, sizes[0], scratch / f"small-{len(self.small)}"))
+        self.large.append(self._timed(large, sizes[1], scratch / f"large-{len(self.large)}"))
+
+    def _timed(self, manifest: Path, samples: int, output: Path) -> Timed:
+        output = output.with_name(f"{output.name}-{self.name.replace(' ', '-')}")
+        command = [word.format(manifest=manifest, output=output) for word in self.command]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise RunError(f"{self.name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+        return Timed(samples, seconds, _report(output) if self.is_ours else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        rates = {"steady_rate": self.steady_rate, "whole_rate": self.whole_rate}
+        return asdict(self) | rates | {"startup_seconds": self.startup_seconds}
+
+
+def _report(output: Path) -> dict[str, Any]:
+    """The run report, of the first table: what it counts of the run is the same in each."""
+    report: dict[str, Any] = json.loads(
+        next(iter(sorted(output.glob("_featurex/*/runs/*.json")))).read_text()
+    )
+    return report
+
+
+def ours(options: Sequence[str]) -> Contender:
+    """`featurex extract` with these options, as people run it."""
+    command = [sys.executable, "-m", "featurex_ray.cli", "extract", "{manifest}", "--output", "{output}"]
+    return Contender("featurex extract", [*command, *options], is_ours=True)
+
+
+def peer(name: str, extractor: str, weights: str, num_cpus: int) -> Contender:
+    """One of `PEER_NAMES`."""
+    module = [sys.executable, "-m", "featurex_ray.benchmark.peers"]
+    return Contender(
+        PEER_NAMES[name], [*module, name, "{manifest}", "{output}", extractor, weights, str(num_cpus)]
+    )

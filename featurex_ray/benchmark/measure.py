@@ -1,0 +1,304 @@
+"""What `featurex benchmark` does: the stages alone, then whole runs, ours and whoever is compared."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import torch
+
+from featurex_ray.benchmark.alone import Costs, measure_alone
+from featurex_ray.benchmark.contenders import PEER_NAMES, Contender, ours, peer
+from featurex_ray.benchmark.latency import slow_s3
+from featurex_ray.benchmark.work import Pieces, planned
+from featurex_ray.errors import RequestError
+from featurex_ray.job import ExtractionJob
+from featurex_ray.models.precision import resolve_precision
+from featurex_ray.models.registry import NO_WEIGHTS, resolve
+from featurex_ray.pipeline.report import versions
+from featurex_ray.storage import ReadPolicy
+
+SAMPLES_ALONE = 200
+SMALL = 4
+"""The small run of each pair has this fraction of the samples."""
+
+BUCKET = "featurex-benchmark"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        media: A folder or prefix of media, or a Parquet manifest; used again where they are too few.
+        extractors: As given to `extract`; several share decoding.
+        weights: As given to `extract`; extractors without get seeded ones, which are as fast as any.
+        sampling: As given to `extract`, None for the first extractor's own.
+        samples: Of the large run.
+        repeats: Of everything; medians are reported.
+        precision: As given to `extract`.
+        device: Such as `cuda`, for the stages alone; None for a GPU where there is one.
+        batch_size: As given to `extract`.
+        address: Of a Ray cluster; None for a local one.
+        with_ray: Whether there are runs, or the stages alone.
+        compare: Whether the peers do the same work.
+        latency_ms: Added to each GET of one more comparison, 0 for none.
+    """
+
+    media: str
+    extractors: Sequence[str] = ("torchvision/resnet18",)
+    weights: Sequence[str] = ()
+    sampling: str | None = None
+    samples: int = 1000
+    repeats: int = 1
+    precision: str = "auto"
+    device: str | None = None
+    batch_size: int | None = None
+    address: str | None = None
+    with_ray: bool = True
+    compare: bool = False
+    latency_ms: float = 0.0
+
+
+@dataclass
+class Benchmark:
+    """All that was measured.
+
+    Attributes:
+        num_cpus: Of this process, or of the cluster that ran ours.
+        costs: The stages alone.
+        contenders: Ours first.
+        slow: Ours from an S3 server, without and with the delay.
+    """
+
+    settings: Settings
+    precision: str
+    num_cpus: int
+    costs: Costs
+    contenders: list[Contender] = field(default_factory=list)
+    slow: list[Contender] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def bound(self) -> float:
+        """Samples a second that the machine allows."""
+        return self.costs.bound(self.num_cpus)
+
+    def occupancy(self) -> dict[str, list[Any]] | None:
+        """How busy the stages were in our last run."""
+        if not self.contenders:
+            return None
+        report = self.contenders[0].large[-1].report or {}
+        found: dict[str, list[Any]] = report["watched"]["occupancy"]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {
+            "settings": asdict(self.settings),
+            "precision": self.precision,
+            "num_cpus": self.num_cpus,
+            "costs": asdict(self.costs),
+            "bound": self.bound,
+            "contenders": [each.to_json() for each in self.contenders],
+            "slow": [each.to_json() for each in self.slow],
+            "versions": self.versions,
+        }
+
+    def lines(self) -> list[str]:
+        """The measurement as a person reads it."""
+        wanted = self.settings
+        embed = ", ".join(f"{n} {1000 * c.cpu_seconds:.2f}" for n, c in self.costs.embed.items())
+        lines = [
+            f"{', '.join(wanted.extractors)} on {self.costs.device}, {self.precision}, {self.num_cpus} CPUs",
+            f"  alone     fetch {1000 * self.costs.fetch.cpu_seconds:.2f}, decode "
+            f"{1000 * self.costs.decode.cpu_seconds:.2f}, embed {embed} CPU ms a sample",
+            f"  bound     {self.bound:.1f} samples/s",
+        ]
+        if not self.contenders:
+            return [*lines, "  pipeline  not measured (--no-ray)"]
+        return [*lines, *self._our_lines(), *self._peer_lines(), *self._slow_lines()]
+
+    def _our_lines(self) -> Iterator[str]:
+        run = self.contenders[0]
+        report = run.large[-1].report or {}
+        watched, peaks = report["watched"], report["peak_bytes"]
+        held_up = ", ".join(f"{stage} {share:.0%}" for stage, share in watched["bounds"].items())
+        memory = ", ".join(f"{name} {size >> 20} MiB" for name, size in peaks.items())
+        yield (
+            f"  pipeline  {run.steady_rate:.1f} samples/s once it runs, {run.steady_rate / self.bound:.2f} "
+            f"of the bound; {run.startup_seconds:.1f} s to start and end; {run.whole_rate:.1f} samples/s "
+            f"over all of {run.large[0].samples:,} samples"
+        )
+        yield f"            bounded by {held_up or 'its start'}; peak memory of a process: {memory}"
+        yield (
+            f"            object store: peak {watched['object_store_peak_bytes'] >> 20} MiB, "
+            f"spilled {watched['spilled_bytes'] >> 20} MiB"
+        )
+
+    def _peer_lines(self) -> Iterator[str]:
+        ours = self.contenders[0]
+        for each in self.contenders[1:]:
+            yield (
+                f"  {each.name}: {each.steady_rate:.1f} samples/s once it runs, {each.startup_seconds:.1f} s "
+                f"to start and end; the pipeline is {ours.steady_rate / each.steady_rate:.1f} times as fast"
+            )
+
+    def _slow_lines(self) -> Iterator[str]:
+        if self.slow:
+            without, late = (each.steady_rate for each in self.slow)
+            yield (
+                f"  from S3   {without:.1f} samples/s; with {self.settings.latency_ms:g} ms more on each GET "
+                f"{late:.1f}, {late / without:.2f} of it"
+            )
+
+
+def benchmark(settings: Settings, say: Say) -> Benchmark:
+    """Measure extractors on media.
+
+    Args:
+        settings: What to measure.
+        say: Told of every run that was done.
+
+    Raises:
+        RequestError: There are no media, or the device or an extractor can't be used.
+        RunError: A run failed.
+    """
+    if settings.samples < SMALL or settings.repeats < 1:
+        raise RequestError(f"--samples must be at least {SMALL}, --repeats at least 1")
+    if settings.compare and len(settings.extractors) > 1:
+        raise RequestError("--compare takes one --extractor: the peers have no way to share decoding")
+    with tempfile.TemporaryDirectory(prefix="featurex-benchmark-") as name:
+        folder = Path(name)
+        pieces = Pieces.of(settings.media, folder)
+        result = _alone(settings, pieces, folder)
+        say(result.lines()[1].strip())
+        if settings.with_ray:
+            result.contenders = _contenders(settings, result)
+            _race(result.contenders, settings, pieces, folder, say)
+        if settings.with_ray and settings.latency_ms:
+            result.slow = _from_slow_s3(settings, pieces, folder, say)
+    return result
+
+
+def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
+    extractors = [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
+    gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
+    precision = resolve_precision(settings.precision, gpu=gpu)
+    count = min(SAMPLES_ALONE, len(pieces.rows))
+    manifest = pieces.manifest(folder / "alone.parquet", count)
+    costs = measure_alone(
+        planned(manifest, count),
+        extractors,
+        policy=ReadPolicy(str(manifest), allow_prefixes=(_prefix(settings.media),)),
+        sampling=settings.sampling or extractors[0].spec.default_sampling,
+        precision=precision,
+        device=settings.device,
+        batch_size=settings.batch_size,
+    )
+    return Benchmark(settings, precision, _num_cpus(settings), costs)
+
+
+def _prefix(media: str) -> str:
+    """What the runs may read: where the media lie."""
+    return media if "://" in media else str(Path(media).resolve())
+
+
+def _num_cpus(settings: Settings) -> int:
+    if settings.address is None:
+        return len(os.sched_getaffinity(0))
+    import ray
+
+    from featurex_ray.pipeline.connect import connect
+    from featurex_ray.pipeline.run import ray_as_found
+
+    with ray_as_found():
+        connect(settings)
+        return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _contenders(settings: Settings, result: Benchmark) -> list[Contender]:
+    peers = PEER_NAMES if settings.compare else ()
+    extractor, weights = next(iter(_weights(settings).items()))
+    return [
+        ours(_options(settings, result.precision, _prefix(settings.media))),
+        *(peer(name, extractor, weights, result.num_cpus) for name in peers),
+    ]
+
+
+def _weights(settings: Settings) -> dict[str, str]:
+    """Each extractor's weights, as `extract` would understand the options."""
+    job = ExtractionJob(
+        manifest=settings.media,
+        output="unused",
+        extractor=tuple(settings.extractors),
+        weights=tuple(settings.weights),
+    )
+    return {name: job.weights_of(name) or NO_WEIGHTS for name in settings.extractors}
+
+
+def _options(settings: Settings, precision: str, prefix: str) -> list[str]:
+    """Of `featurex extract`."""
+    several = len(settings.extractors) > 1
+    options: list[tuple[str, Any]] = [
+        *(("extractor", name) for name in settings.extractors),
+        *(("weights", f"{n}={uri}" if several else uri) for n, uri in _weights(settings).items()),
+        ("sampling", settings.sampling),
+        ("precision", precision),
+        ("batch-size", settings.batch_size),
+        ("address", settings.address),
+        ("allow-prefix", prefix),
+        ("max-failure-rate", 1),
+    ]
+    return [word for name, value in options if value is not None for word in (f"--{name}", str(value))]
+
+
+def _race(
+    contenders: Sequence[Contender], settings: Settings, pieces: Pieces, folder: Path, say: Say
+) -> None:
+    """Everybody once, then everybody again: what the machine does meanwhile hits all alike."""
+    sizes = settings.samples // SMALL, settings.samples
+    small, large = (pieces.manifest(folder / f"{size}.parquet", size) for size in sizes)
+    for repeat in range(settings.repeats):
+        for each in contenders:
+            each.run(small, large, sizes, folder)
+            times = each.small[-1].seconds, each.large[-1].seconds
+            took = ", ".join(
+                f"{size:,} samples {time:.1f} s" for size, time in zip(sizes, times, strict=True)
+            )
+            say(f"run {repeat + 1} of {settings.repeats}, {each.name}: {took}")
+
+
+def _from_slow_s3(settings: Settings, pieces: Pieces, folder: Path, say: Say) -> list[Contender]:
+    if "uri" not in pieces.rows.column_names:
+        raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
+    found = []
+    with slow_s3() as proxy, _uploaded(pieces) as stored:
+        for delay in (0.0, settings.latency_ms / 1000):
+            proxy.delay_seconds = delay
+            contender = ours(_options(settings, settings.precision, f"s3://{BUCKET}/"))
+            contender.name = f"from S3 with {1000 * delay:g} ms more"
+            _race([contender], settings, stored, folder, say)
+            found.append(contender)
+    return found
+
+
+@contextmanager
+def _uploaded(pieces: Pieces) -> Iterator[Pieces]:
+    """The media in a bucket."""
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.mkdir(BUCKET)
+    uris = []
+    for number, uri in enumerate(pieces.rows["uri"].to_pylist()):
+        key = f"{BUCKET}/{number:06d}-{uri.rpartition('/')[2]}"
+        with fsspec.open(uri) as media:
+            store.pipe_file(key, media.read())
+        uris.append(f"s3://{key}")
+    yield Pieces(pa.table({"uri": uris}))

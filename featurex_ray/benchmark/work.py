@@ -1,0 +1,64 @@
+"""The one piece of work that a benchmark gives to everybody: a manifest of so many samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurex_ray.errors import RequestError
+from featurex_ray.manifest import build_manifest
+from featurex_ray.pipeline.units import PLANNED, to_table
+
+DATASET = "benchmark"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Media to make manifests of any length from, by using them again.
+
+    Attributes:
+        rows: `uri`, or `data` where the media lie in a Parquet file.
+    """
+
+    rows: pa.Table
+
+    @classmethod
+    def of(cls, media: str, folder: Path) -> "Pieces":
+        """The media below a folder or prefix, or those that a Parquet manifest names or holds.
+
+        Raises:
+            RequestError: There are none.
+        """
+        if media.endswith(".parquet"):
+            names = pq.read_schema(media).names
+            column = next((name for name in ("data", "uri") if name in names), None)
+            if column is None:
+                raise RequestError(f"--media {media}: has neither a `data` nor a `uri` column")
+            return cls(pq.read_table(media, columns=[column]))
+        listed = folder / "listed.parquet"
+        build_manifest(media, str(listed), dataset=DATASET, labels=False)
+        return cls(pq.read_table(listed, columns=["uri"]))
+
+    def manifest(self, path: Path, num_samples: int) -> Path:
+        """Writes a manifest of exactly so many samples."""
+        chosen = self.rows.take(pa.array([i % len(self.rows) for i in range(num_samples)]))
+        chosen = chosen.append_column("sample_id", pa.array([f"{i:09d}" for i in range(num_samples)]))
+        chosen = chosen.append_column("dataset", pa.array([DATASET] * num_samples))
+        pq.write_table(chosen, path, row_group_size=1024)
+        return path
+
+
+def planned(manifest: Path, count: int) -> pa.Table:
+    """The first samples of a manifest as the pipeline's rows, schema `PLANNED`."""
+    file = pq.ParquetFile(manifest)
+    inline = "data" in file.schema_arrow.names
+    wanted = ["sample_id"] if inline else ["sample_id", "uri"]
+    rows = next(file.iter_batches(batch_size=count, columns=wanted)).to_pylist()
+
+    def place(i: int) -> dict[str, Any]:
+        return {"data_file": str(manifest), "data_row": i} if inline else {}
+
+    numbered = [{"assignment": 0, "plan_row": i, **row, **place(i)} for i, row in enumerate(rows)]
+    return to_table(numbered, PLANNED)

@@ -1,0 +1,138 @@
+"""What a benchmark counts, and that its peers do the same work."""
+
+import json
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from featurex_ray.benchmark.alone import Costs, StageCost
+from featurex_ray.benchmark.contenders import Contender, Timed
+from featurex_ray.benchmark.latency import SlowProxy
+from featurex_ray.benchmark.measure import Settings, benchmark
+from featurex_ray.benchmark.peers import dataloader
+from featurex_ray.benchmark.plot import plot_occupancy
+from featurex_ray.benchmark.work import Pieces
+from featurex_ray.cli import cli
+from featurex_ray.demo import MEDIA
+from featurex_ray.errors import RequestError
+from featurex_ray.media.image import decode_image
+from featurex_ray.media.limits import DEFAULT_LIMITS
+from featurex_ray.models.embed import Embedder
+from featurex_ray.models.registry import resolve
+
+GOOD_IMAGE = str(MEDIA / "images" / "astronaut.jpg")
+
+
+def test_the_steady_rate_leaves_out_start_and_end() -> None:
+    large = [Timed(4000, seconds) for seconds in (50.0, 30.0, 99.0)]
+    contender = Contender("x", [], small=[Timed(1000, 20.0)] * 3, large=large)
+    assert contender.steady_rate == pytest.approx(3000 / 30)
+    assert contender.startup_seconds == pytest.approx(10.0)
+    assert contender.whole_rate == pytest.approx(4000 / 50)
+
+
+@pytest.mark.parametrize(("device", "bound"), [("cpu", 2 / 0.040), ("cuda:0", 1 / 0.030)])
+def test_the_bound(device: str, bound: float) -> None:
+    stage = StageCost(0.005, 0.005)
+    costs = Costs(10, stage, stage, {"a": StageCost(0.010, 0.010), "b": StageCost(0.020, 0.020)}, device)
+    assert costs.bound(2) == pytest.approx(bound)
+
+
+def test_media_are_used_again_where_they_are_too_few(tmp_path: Path) -> None:
+    pieces = Pieces.of(str(MEDIA / "images"), tmp_path)
+    manifest = pq.read_table(pieces.manifest(tmp_path / "m.parquet", 100))
+    assert len(set(manifest["sample_id"].to_pylist())) == 100
+    assert set(manifest["uri"].to_pylist()) == set(pieces.rows["uri"].to_pylist())
+
+
+def test_a_manifest_without_media_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a.jpg"]}), tmp_path / "m.parquet")
+    with pytest.raises(RequestError, match="`data` nor a `uri`"):
+        benchmark(Settings(media=str(tmp_path / "m.parquet")), print)
+
+
+def test_the_stages_alone(tmp_path: Path) -> None:
+    extractors = ["attention_convnet", "torchvision/squeezenet1_0"]
+    options = [word for name in extractors for word in ("--extractor", name)]
+    figures = tmp_path / "figures.json"
+    done = CliRunner().invoke(cli, ["benchmark", "--no-ray", *options, "--json", str(figures)])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(figures.read_text())
+    assert list(found["costs"]["embed"]) == extractors
+    assert found["bound"] > 0
+    assert "not measured" in done.output
+
+
+def test_the_proxy_delays_gets_and_nothing_else() -> None:
+    class Echo(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(b"got")
+
+        def do_PUT(self) -> None:
+            self._answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+        def _answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    proxy = SlowProxy(server.server_port)
+    url = f"http://127.0.0.1:{proxy.start()}/"
+    proxy.delay_seconds = 0.5
+
+    def ask(method: str, body: bytes | None = None) -> tuple[bytes, float]:
+        start = time.monotonic()
+        with urllib.request.urlopen(urllib.request.Request(url, body, method=method)) as answer:
+            return answer.read(), time.monotonic() - start
+
+    got, seconds = ask("GET")
+    assert got == b"got"
+    assert seconds >= 0.5
+    body = bytes(1 << 20)
+    assert ask("PUT", body)[0] == body
+    proxy.stop()
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_dataloader_peer_computes_the_same_features(tmp_path: Path) -> None:
+    manifest = str(tmp_path / "m.parquet")
+    pq.write_table(pa.table({"uri": [GOOD_IMAGE], "sample_id": ["a"], "dataset": ["d"]}), manifest)
+    dataloader(manifest, str(tmp_path / "theirs.parquet"), "torchvision/resnet18", "none", 1)
+    theirs = np.array(pq.read_table(tmp_path / "theirs.parquet")["feature"].to_pylist())[0]
+    extractor = resolve("torchvision/resnet18", weights="none")
+    image = decode_image(Path(GOOD_IMAGE).read_bytes(), inputs=(extractor.spec.input,), limits=DEFAULT_LIMITS)
+    ours = Embedder(extractor, precision="fp32").embed(image.frames[0][None], np.array([1])).feature[0]
+    cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
+    assert cosine > 0.99  # they resize by other rules
+
+
+def test_occupancy_is_drawn() -> None:
+    occupancy = {"seconds": [0, 1, 2], "decode": [0, 2, 1], "extract": [0, 1, 2], "samples": [0, 5, 9]}
+    assert plot_occupancy(occupancy, title="t").startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+def test_a_whole_benchmark(tmp_path: Path) -> None:
+    figures, plot = tmp_path / "figures.json", tmp_path / "occupancy.png"
+    options = "--extractor attention_convnet --samples 400 --compare --latency-ms 20"
+    done = CliRunner().invoke(cli, f"benchmark {options} --json {figures} --plot {plot}".split())
+    assert done.exit_code == 0, done.output
+    found = json.loads(figures.read_text())
+    assert [len(each["large"]) for each in found["contenders"] + found["slow"]] == [1] * 5
+    assert plot.read_bytes().startswith(b"\x89PNG")
