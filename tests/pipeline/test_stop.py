@@ -17,7 +17,7 @@ from featurex_ray.manifest import build_manifest
 from tests.conftest import CHECKOUT
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_stopped_run_keeps_what_it_staged(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "media").mkdir()
     for i in range(400):
