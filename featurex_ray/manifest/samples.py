@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -80,6 +81,8 @@ class Block:
     def seconds(self, name: str) -> pa.DoubleArray:
         """A column as doubles; what is no number becomes NaN, which no check lets pass."""
         column = self.column(name)
+        if pa.types.is_null(column.type):
+            return column.cast(pa.float64())
         if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
             return column.cast(pa.float64())
         text = self.text(name)
@@ -93,12 +96,8 @@ class Block:
 
 def to_samples(block: Block, *, dataset: str | None, carried: pa.Schema) -> pa.RecordBatch:
     """Rows in the schema of samples. URIs are absolute; inline media is a file and a row in it."""
-    rows = range(block.first_row, block.first_row + block.raw.num_rows)
-    has_data = block.has_data
     named = block.text("uri")
-    numbers = pa.array(rows, pa.int64())
-    inline_name = pc.binary_join_element_wise(block.file.uri, numbers.cast(pa.string()), "#")
-    uri = pc.if_else(has_data, pc.coalesce(named, inline_name), _absolute(named, block.file.uri))
+    uri, data_file, data_row = _media(block, named)
     columns = [
         pc.coalesce(block.text("dataset"), pa.scalar(dataset, pa.string())),
         pc.coalesce(block.text("sample_id"), named, uri),
@@ -107,13 +106,28 @@ def to_samples(block: Block, *, dataset: str | None, carried: pa.Schema) -> pa.R
         block.seconds("start_seconds"),
         block.seconds("end_seconds"),
         block.text("version"),
-        pc.if_else(has_data, block.file.uri, pa.scalar(None, pa.string())),
-        pc.if_else(has_data, numbers, pa.scalar(None, pa.int64())),
+        data_file,
+        data_row,
         pa.nulls(len(uri), pa.date32()),
         *(carry(block.column(wanted.name), wanted.type) for wanted in carried),
     ]
     return pa.RecordBatch.from_arrays(
         columns, schema=pa.schema([*(f.with_nullable(True) for f in SAMPLE), *carried])
+    )
+
+
+def _media(block: Block, named: pa.StringArray) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Where each row's media lies: its URI, and the file and row of inline media."""
+    absolute, count = _absolute(named, block.file.uri), block.raw.num_rows
+    if DATA not in block.raw.schema.names:
+        return absolute, pa.nulls(count, pa.string()), pa.nulls(count, pa.int64())
+    has_data = block.has_data
+    numbers = pa.array(np.arange(block.first_row, block.first_row + count))
+    inline_name = pc.binary_join_element_wise(block.file.uri, numbers.cast(pa.string()), "#")
+    return (
+        pc.if_else(has_data, pc.coalesce(named, inline_name), absolute),
+        pc.if_else(has_data, block.file.uri, pa.scalar(None, pa.string())),
+        pc.if_else(has_data, numbers, pa.scalar(None, pa.int64())),
     )
 
 

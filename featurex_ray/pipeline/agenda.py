@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from featurex_ray.errors import RefusedUriError, RequestError
 from featurex_ray.storage import ReadPolicy
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.table import FeatureTable
 
 FIRST_SAMPLES = 1_000

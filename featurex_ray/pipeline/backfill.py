@@ -23,7 +23,7 @@ from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport
 from featurex_ray.pipeline.run import Request, carry_out, prepare
 from featurex_ray.storage import ReadPolicy
-from featurex_ray.table.plan import IdIndex, hash_ids
+from featurex_ray.table.ids import IdIndex, hash_ids
 
 FIELDS = {"date": "%Y-%m-%d", "year": "%Y", "month": "%m", "day": "%d"}
 """What a template may hold, and how a day is written there."""

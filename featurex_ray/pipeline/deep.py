@@ -21,7 +21,7 @@ from featurex_ray.pipeline.write import part_rows
 from featurex_ray.storage import ReadPolicy
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.layout import numbered
-from featurex_ray.table.plan import open_parquet, open_plan, read_log
+from featurex_ray.table.log import open_parquet, open_plan, read_log
 from featurex_ray.table.read import TableReader
 from featurex_ray.table.store import ObjectStore
 from featurex_ray.table.verify import VerifyReport

@@ -48,7 +48,7 @@ from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_cod
 from featurex_ray.pipeline.source import Assignment, slices_of
 from featurex_ray.storage import ReadPolicy, redact
 from featurex_ray.table.facts import TableFacts, read_facts
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.probe import probe_store
 from featurex_ray.table.publish import Published
 from featurex_ray.table.store import ObjectStore, open_store
@@ -378,14 +378,16 @@ def _execute(
 
 def _todo(tables: Sequence[FeatureTable], assignment: Assignment) -> np.ndarray:
     """(N,) bool, one a row of the assignment's plans: some table lacks it."""
-    index, leader = assignment.leader
-    ids = tables[index].read_plan(leader)["sample_id"]
-    todo = np.zeros(len(ids), bool)
+    leading, leader = assignment.leader
+    todo = np.zeros(leader.num_samples, bool)
     for index, plan in assignment.plans.items():
         if plan.kind == "prune" or tables[index].is_done(plan):
             continue
-        staged = pa.array(sorted(tables[index].staged_samples(plan)), pa.string())
-        todo |= ~pc.is_in(ids, value_set=staged).to_numpy()
+        staged = tables[index].staged_samples(plan)
+        if not staged:
+            return np.ones(leader.num_samples, bool)
+        ids = tables[leading].read_plan(leader, columns=["sample_id"])["sample_id"]
+        todo |= ~pc.is_in(ids, value_set=pa.array(sorted(staged), pa.string())).to_numpy()
     return todo
 
 

@@ -11,7 +11,7 @@ from ray.data.context import DataContext
 from ray.data.datasource import Datasource, ReadTask
 
 from featurex_ray.pipeline.units import PLANNED
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.table import FeatureTable
 
 

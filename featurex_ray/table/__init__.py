@@ -1,7 +1,8 @@
 """Feature tables: the write protocol on S3 and local disk, and reading. Knows neither Ray nor torch."""
 
+from featurex_ray.table.compare import Work
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.plan import Plan, Work
+from featurex_ray.table.log import Plan
 from featurex_ray.table.probe import probe_store
 from featurex_ray.table.store import ObjectStore, open_store
 from featurex_ray.table.table import FeatureTable

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.layout import numbered, part_place
-from featurex_ray.table.plan import read_log
+from featurex_ray.table.log import read_log
 from featurex_ray.table.store import PRIVATE, ObjectStore
 
 MIN_AGE = timedelta(days=1)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from featurex_ray.errors import RequestError
 from featurex_ray.table.layout import numbered
-from featurex_ray.table.plan import open_parquet
+from featurex_ray.table.log import open_parquet
 from featurex_ray.table.read import TableReader
 from featurex_ray.table.store import Listed, S3Store
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 from featurex_ray.errors import FeaturexError
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.store import ObjectStore, UnsettledWriteError
 
 STILL_SECONDS = 30.0

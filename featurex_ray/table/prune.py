@@ -10,20 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurex_ray.table.compare import Samples
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.plan import (
-    FAILED_IN,
-    IdIndex,
-    Log,
-    Plan,
-    Planner,
-    Samples,
-    hash_ids,
-    last_of_each,
-    open_parquet,
-    open_plan,
-    read_log,
-)
+from featurex_ray.table.ids import IdIndex, hash_ids, last_of_each
+from featurex_ray.table.log import Log, Plan, open_parquet, open_plan, read_log
+from featurex_ray.table.plan import FAILED_IN, Planner
 from featurex_ray.table.store import ObjectStore
 
 

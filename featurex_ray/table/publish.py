@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from featurex_ray import schemas
 from featurex_ray.errors import StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.plan import Plan, open_parquet, read_plan
+from featurex_ray.table.log import Plan, open_parquet, read_plan
 from featurex_ray.table.probe import require_multipart
 from featurex_ray.table.staging import Unit, choose, part_keys, read_failures, read_part, units_of
 from featurex_ray.table.store import Body, ObjectStore, attempts, ensure, settle

@@ -10,18 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurex_ray.table.compare import OWN_TARGET
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.plan import (
-    FAILED_IN,
-    OWN_TARGET,
-    IdIndex,
-    Log,
-    Plan,
-    Planner,
-    hash_ids,
-    open_plan,
-    read_log,
-)
+from featurex_ray.table.ids import IdIndex, hash_ids
+from featurex_ray.table.log import Log, Plan, open_plan, read_log
+from featurex_ray.table.plan import FAILED_IN, Planner
 from featurex_ray.table.prune import failed_ids
 from featurex_ray.table.store import ObjectStore
 

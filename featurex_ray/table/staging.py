@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from featurex_ray import schemas
 from featurex_ray.errors import TableDamagedError
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.plan import Plan, open_parquet
+from featurex_ray.table.log import Plan, open_parquet
 from featurex_ray.table.store import ObjectStore
 
 UNIT_COLUMNS = ["sample_id", "etag", "num_units", "unit_index", "error"]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from featurex_ray.errors import TableNotFoundError
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.store import PRIVATE, Listed, ObjectStore, open_store
 from featurex_ray.table.table import FeatureTable
 

@@ -14,13 +14,14 @@ import pyarrow as pa
 
 from featurex_ray.errors import TableNotFoundError
 from featurex_ray.table import facts as table_facts
-from featurex_ray.table import plan as log
 from featurex_ray.table import prune, publish, retry, staging
 from featurex_ray.table.collect import collect
+from featurex_ray.table.compare import Samples, Work, all_new, compare
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.layout import numbered
 from featurex_ray.table.lease import Leases
-from featurex_ray.table.plan import MAX_SAMPLES_PER_PLAN, Plan, Samples, Work
+from featurex_ray.table.log import Plan, open_plan, read_log, read_plan
+from featurex_ray.table.plan import MAX_SAMPLES_PER_PLAN, PLANNED_AT_ONCE, make_plans
 from featurex_ray.table.publish import Published
 from featurex_ray.table.retry import Allowed, Failed
 from featurex_ray.table.staging import PartInfo
@@ -64,11 +65,11 @@ class FeatureTable:
         try:
             return cls.open(store, name).compare(samples)
         except TableNotFoundError:
-            return log.all_new(samples)
+            return all_new(samples)
 
     def compare(self, samples: Samples) -> Work:
         """What a manifest's samples are to this table; writes nothing."""
-        return log.compare(self.store, self.facts, samples).work
+        return compare(self.store, self.facts, samples).work
 
     def plan(
         self,
@@ -77,6 +78,7 @@ class FeatureTable:
         run_id: str,
         max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN,
         most_samples: int | None = None,
+        most_new_samples: int = PLANNED_AT_ONCE,
     ) -> list[Plan]:
         """Plans what is to do; every open plan that matters to the samples, whoever made it.
 
@@ -87,13 +89,14 @@ class FeatureTable:
             ManifestError: A sample occurs twice.
             TableDamagedError: The log or a done plan's object is damaged.
         """
-        return log.make_plans(
+        return make_plans(
             self.store,
             self.facts,
             samples,
             run_id=run_id,
             max_samples_per_plan=max_samples_per_plan,
             most_samples=most_samples,
+            most_new_samples=most_new_samples,
         )
 
     def num_gone(self, samples: Samples) -> int:
@@ -126,9 +129,11 @@ class FeatureTable:
             max_samples_per_plan=max_samples_per_plan,
         )
 
-    def read_plan(self, plan: Plan, rows: range | None = None) -> pa.Table:
-        """A plan's samples in `sample_schema`, sorted by `sample_id`; all, or the rows of a slice."""
-        return log.read_plan(self.store, self.facts, plan, rows)
+    def read_plan(
+        self, plan: Plan, rows: range | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """A plan's samples, sorted by `sample_id`: all, or a slice; in `sample_schema`, or some columns."""
+        return read_plan(self.store, self.facts, plan, rows, columns)
 
     def write_part(self, plan: Plan, rows: pa.Table) -> PartInfo:
         """Stages rows (`schemas.PART`) of a plan's samples; all rows of a unit in one call.
@@ -146,7 +151,9 @@ class FeatureTable:
         """The plan's samples that are still to be staged."""
         if plan.kind == "prune":
             return set()
-        return set(self.read_plan(plan)["sample_id"].to_pylist()) - self.staged_samples(plan)
+        return set(
+            self.read_plan(plan, columns=["sample_id"])["sample_id"].to_pylist()
+        ) - self.staged_samples(plan)
 
     def is_staged(self, plan: Plan) -> bool:
         """Whether the plan can be published."""
@@ -167,11 +174,11 @@ class FeatureTable:
 
     def open_plans(self) -> Iterator[Plan]:
         """Every plan that isn't done."""
-        entries = log.read_log(self.store, self.facts)
+        entries = read_log(self.store, self.facts)
         for dataset, numbers in sorted(entries.plans.items()):
             for number in numbers:
                 if (dataset, number) not in entries.done:
-                    with log.open_plan(self.store, self.facts, dataset, number) as (plan, _):
+                    with open_plan(self.store, self.facts, dataset, number) as (plan, _):
                         yield plan
 
     def done_plans(self) -> set[tuple[str, int]]:

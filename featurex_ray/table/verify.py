@@ -16,20 +16,11 @@ import pyarrow.parquet as pq
 from featurex_ray.errors import TableDamagedError
 from featurex_ray.manifest import read_manifest
 from featurex_ray.storage import ReadPolicy
+from featurex_ray.table.compare import Samples
 from featurex_ray.table.facts import TableFacts
+from featurex_ray.table.ids import IdIndex, hash_ids, hash_samples, last_of_each
 from featurex_ray.table.layout import numbered, part_place
-from featurex_ray.table.plan import (
-    IdIndex,
-    Log,
-    Plan,
-    Samples,
-    hash_ids,
-    hash_samples,
-    last_of_each,
-    open_parquet,
-    open_plan,
-    read_log,
-)
+from featurex_ray.table.log import Log, Plan, open_parquet, open_plan, read_log
 from featurex_ray.table.publish import WholeSamples, read_done
 from featurex_ray.table.read import open_table
 from featurex_ray.table.store import LocalStore, ObjectStore

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from featurex_ray.table import FeatureTable, open_store
 from featurex_ray.table.collect import collect
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.read import TableReader
 from featurex_ray.table.store import Hook
 from featurex_ray.table.verify import verify

@@ -62,6 +62,7 @@ def plan(folder: Path) -> None:
     read = time.monotonic() - start
     table = _open_table(request, 0)
     plans = table.plan(request.manifest.batches, run_id="scale")
+    # What a run plans first; of a table that has all its plans, what a resume finds.
     planned = time.monotonic() - start
     claims = Claims([table], "scale")
     mine, _ = claims.take([Assignment({0: plan}) for plan in plans])
@@ -84,6 +85,20 @@ def plan(folder: Path) -> None:
     )
 
 
+def plan_rest(folder: Path) -> None:
+    """Every plan of the manifest, as a run has made them once it works on its last samples."""
+    from featurex_ray.job import ExtractionJob
+    from featurex_ray.pipeline.run import _open_table, prepare
+
+    job = ExtractionJob(
+        manifest=f"{folder}/manifest", output=f"{folder}/out", extractor=EXTRACTOR, precision="fp32"
+    )
+    request = prepare(job)
+    table = _open_table(request, 0)
+    plans = table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40)
+    print(json.dumps({"plans": len(plans)}))
+
+
 def stage_all(folder: Path) -> None:
     """Publishes every sample with made-up features, as if a run had done it."""
     from featurex_ray import schemas
@@ -95,7 +110,7 @@ def stage_all(folder: Path) -> None:
     )
     request = prepare(job)
     table = _open_table(request, 0)
-    for one in table.plan(request.manifest.batches, run_id="scale"):
+    for one in table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40):
         ids = table.read_plan(one)["sample_id"]
         for start in range(0, len(ids), 25_000):
             table.write_part(one, made_up(schemas.PART, ids.slice(start, 25_000), table.facts.dimension))
@@ -139,7 +154,7 @@ def rerun(folder: Path) -> None:
     )
 
 
-STEPS = {"plan": plan, "stage-all": stage_all, "rerun": rerun}
+STEPS = {"plan": plan, "plan-rest": plan_rest, "stage-all": stage_all, "rerun": rerun}
 
 
 def measure(num_samples: int, num_rerun: int) -> Iterator[dict[str, float]]:
@@ -151,6 +166,7 @@ def measure(num_samples: int, num_rerun: int) -> Iterator[dict[str, float]]:
         yield step("stage-all", few)
         yield step("rerun", few)
         yield step("plan", many)
+        yield step("plan-rest", many)
         yield step("plan", many)  # on a table that holds these plans: a resume
 
 

@@ -11,7 +11,7 @@ import featurex_ray as fx
 from featurex_ray.errors import ManifestError, NoManifestError, RequestError
 from featurex_ray.pipeline.agenda import Budget
 from featurex_ray.pipeline.backfill import Days, backfill, fill, read_days
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.verify import verify_table
 
 JANUARY = Days(date(2026, 1, 1), date(2026, 1, 3))

@@ -10,7 +10,7 @@ import pytest
 
 from featurex_ray import schemas
 from featurex_ray.table import FeatureTable, TableFacts, open_store
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.read import TableReader
 from featurex_ray.table.store import Hook, ObjectStore
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from featurex_ray.table import FeatureTable, lease
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from tests.table.conftest import World
 
 

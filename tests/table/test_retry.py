@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from featurex_ray.table import FeatureTable
-from featurex_ray.table.plan import Plan
+from featurex_ray.table.log import Plan
 from featurex_ray.table.verify import verify
 from tests.table.conftest import World, content, observed, public_etags, run, stage
 

@@ -15,7 +15,7 @@ from featurex_ray.errors import (
     TableNotFoundError,
 )
 from featurex_ray.table import FeatureTable, open_store
-from featurex_ray.table.plan import State
+from featurex_ray.table.compare import State
 from featurex_ray.table.store import ObjectStore
 from featurex_ray.table.verify import verify
 from tests.table.conftest import FACTS, World, content, observed, public_etags, run, stage
