@@ -335,6 +335,7 @@ def _plan(
         if planned := sum(plan.num_samples for plan in plans):
             in_plans = f"{len(plans)} plan{'' if len(plans) == 1 else 's'}"
             progress.say(f"{table.facts.name}: {planned:,} samples to do, in {in_plans}")
+    pa.default_memory_pool().release_unused()  # what comparing and planning took; the run is long
     return [Assignment(plans) for plans in together.values()]
 
 

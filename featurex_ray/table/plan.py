@@ -68,6 +68,7 @@ def make_plans(
             planner.create(dataset, target, rows.slice(0, left), kind="new")
         else:
             planner.create(dataset, target, rows, kind="changed")
+        del rows  # or they would stay while those of the next plan are gathered
     return planner.plans
 
 
@@ -97,12 +98,17 @@ def _groups(
             left[group] -= piece.num_rows
             if size[group] == limit or left[group] == 0:
                 del size[group]
-                yield group, pa.Table.from_batches(held.pop(group))
+                yield group, _by_id(held.pop(group))
         if size.total() > BUFFERED_ROWS:
             fullest = max(size, key=lambda own: (own[1] == OWN_TARGET) * size[own])
             if fullest[1] == OWN_TARGET:
                 del size[fullest]
-                yield fullest, pa.Table.from_batches(held.pop(fullest))
+                yield fullest, _by_id(held.pop(fullest))
+
+
+def _by_id(rows: list[pa.RecordBatch]) -> pa.Table:
+    """Sorted; the rows as they came are let go, for those of a plan are many."""
+    return pa.Table.from_batches(rows).sort_by("sample_id")
 
 
 def _rows_to_do(
@@ -187,11 +193,10 @@ class Planner:
         Args:
             dataset: Of all rows.
             target: The object to change, or `OWN_TARGET`.
-            rows: In `sample_schema`, and `FAILED_IN`.
+            rows: In `sample_schema`, and `FAILED_IN`; sorted by `sample_id`.
             kind: What the plan does.
         """
-        rows = rows.sort_by("sample_id")
-        _check_unique(rows["sample_id"].combine_chunks())
+        _check_ascending(rows["sample_id"].combine_chunks())
         while True:
             ours, takers = self._rivals.left(dataset, target, rows)
             self._made |= {(taker.dataset, taker.number): taker for taker in takers}
@@ -214,12 +219,11 @@ class Planner:
         return False
 
 
-def _check_unique(ids: pa.Array) -> None:
-    if len(ids) > 1:
-        again = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1))
-        if pc.any(again).as_py():
-            name = ids.slice(1).filter(again)[0].as_py()
-            raise ManifestError(f"sample {name!r} occurs more than once in its dataset")
+def _check_ascending(ids: pa.Array) -> None:
+    ascends = pc.less(ids.slice(0, max(len(ids) - 1, 0)), ids.slice(1))
+    if not pc.all(ascends, min_count=0).as_py():
+        name = ids.slice(1).filter(pc.invert(ascends))[0].as_py()
+        raise ManifestError(f"sample {name!r} occurs more than once in its dataset")
 
 
 def _next_plan(log: Log, dataset: str, target: int, rows: pa.Table, kind: Kind, run_id: str) -> Plan:

@@ -98,7 +98,7 @@ def plan_prune(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_i
     planner = Planner(store, facts, gone.log, run_id=run_id, mattering=gone.open_plans)
     for dataset, target, named in gone.by_target():
         rows = [_planned_rows(store, facts, dataset, number, ids) for number, ids in named.items()]
-        planner.create(dataset, target, pa.concat_tables(rows), kind="prune")
+        planner.create(dataset, target, pa.concat_tables(rows).sort_by("sample_id"), kind="prune")
     return planner.plans
 
 

@@ -101,10 +101,11 @@ def plan_retry(
             held.append(rows)
             while sum(map(len, held)) >= max_samples_per_plan:
                 whole = pa.concat_tables(held)
-                planner.create(dataset, OWN_TARGET, whole.slice(0, max_samples_per_plan), kind="new")
+                first = whole.slice(0, max_samples_per_plan).sort_by("sample_id")
+                planner.create(dataset, OWN_TARGET, first, kind="new")
                 held = [whole.slice(max_samples_per_plan)]
         if sum(map(len, held)):
-            planner.create(dataset, OWN_TARGET, pa.concat_tables(held), kind="new")
+            planner.create(dataset, OWN_TARGET, pa.concat_tables(held).sort_by("sample_id"), kind="new")
     return planner.plans
 
 
