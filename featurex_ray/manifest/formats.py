@@ -20,7 +20,7 @@ from featurex_ray.errors import ManifestError
 from featurex_ray.manifest.files import Format, ManifestFile
 
 DATA = "data"
-_BATCH_ROWS = 32_768
+_BATCH_ROWS = 16_384
 _JSON_BATCH_ROWS = 8_192
 _CSV_BLOCK_BYTES = 8 << 20
 

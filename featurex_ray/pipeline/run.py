@@ -144,7 +144,7 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
     """
     job, started = request.job, request.started
     progress.say(f"{request.manifest.num_samples:,} samples in {redact(job.manifest)}")
-    with ray_as_found():
+    with ray_as_found(), memory_given_back():
         if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
             connect(job)
             refuse_local_store_on_many_hosts(request.store)
@@ -241,6 +241,20 @@ def ray_as_found() -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Have Arrow let go of what it no longer needs, in the driver, which is to stay small.
+
+    Its usual allocator keeps freed pages for the next time; the system's gives large ones back.
+    """
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
+
+
 def _open_table(request: Request, index: int) -> FeatureTable:
     """The table of one extractor; what is `auto` is resolved when it is made, and kept."""
     job = request.job
@@ -335,7 +349,6 @@ def _plan(
         if planned := sum(plan.num_samples for plan in plans):
             in_plans = f"{len(plans)} plan{'' if len(plans) == 1 else 's'}"
             progress.say(f"{table.facts.name}: {planned:,} samples to do, in {in_plans}")
-    pa.default_memory_pool().release_unused()  # what comparing and planning took; the run is long
     return [Assignment(plans) for plans in together.values()]
 
 
