@@ -21,7 +21,7 @@ from featurex_ray.manifest.carried import promote
 from featurex_ray.pipeline.agenda import Budget, ManifestAgenda
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport
-from featurex_ray.pipeline.run import Request, carry_out, prepare
+from featurex_ray.pipeline.run import Request, carry_out, memory_given_back, prepare
 from featurex_ray.storage import ReadPolicy
 from featurex_ray.table.ids import IdIndex, hash_ids
 
@@ -204,6 +204,7 @@ def prepare_days(job: ExtractionJob, days: Days, *, require_all: bool = False) -
     return prepare(job, merged), merged
 
 
+@memory_given_back()
 def backfill(
     job: ExtractionJob,
     days: Days,

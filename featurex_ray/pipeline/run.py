@@ -61,6 +61,20 @@ PLANS_AT_ONCE = 8
 """Plans whose staged parts are listed at the same time."""
 
 
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Have Arrow let go of what it no longer needs, in the driver, which is to stay small.
+
+    Its usual allocator keeps freed pages for the next time; the system's gives large ones back.
+    """
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
+
+
 @dataclass(frozen=True)
 class Request:
     """A job whose inputs were found and found right; nothing is written yet."""
@@ -107,6 +121,7 @@ def _sampling(job: ExtractionJob, extractors: Sequence[ResolvedExtractor]) -> Sa
     return Sampling.parse(wanted.pop())
 
 
+@memory_given_back()
 def run(job: ExtractionJob, *, progress: Progress | None = None, prune: bool = False) -> RunReport:
     """Do what a job asks and is not done yet.
 
@@ -144,7 +159,7 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
     """
     job, started = request.job, request.started
     progress.say(f"{request.manifest.num_samples:,} samples in {redact(job.manifest)}")
-    with ray_as_found(), memory_given_back():
+    with ray_as_found():
         if job.address or "RAY_ADDRESS" in os.environ or ray.is_initialized():
             connect(job)
             refuse_local_store_on_many_hosts(request.store)
@@ -239,20 +254,6 @@ def ray_as_found() -> Iterator[None]:
     finally:
         if not was_there and ray.is_initialized():
             ray.shutdown()
-
-
-@contextmanager
-def memory_given_back() -> Iterator[None]:
-    """Have Arrow let go of what it no longer needs, in the driver, which is to stay small.
-
-    Its usual allocator keeps freed pages for the next time; the system's gives large ones back.
-    """
-    before = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
-    try:
-        yield
-    finally:
-        pa.set_memory_pool(before)
 
 
 def _open_table(request: Request, index: int) -> FeatureTable:
