@@ -5,6 +5,7 @@ arguments are the same names with the same defaults, written once.
 """
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -175,6 +176,13 @@ class ExtractionJob:
     address: str | None = option(
         None, help="Ray cluster to run on. Default: $RAY_ADDRESS, or a local one.", group="scale"
     )
+    max_resources: str | None = option(
+        None,
+        help="What an autoscaling cluster can grow to, such as CPU=300,GPU=4; Ray does not say. "
+        "Default: $FEATUREX_MAX_RESOURCES, or what is there when the run starts.",
+        metavar="CPU=N,GPU=N",
+        group="scale",
+    )
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without reading anything."""
@@ -188,6 +196,22 @@ class ExtractionJob:
     def extractors(self) -> tuple[str, ...]:
         """The extractors asked for, as given."""
         return (self.extractor,) if isinstance(self.extractor, str) else tuple(self.extractor)
+
+    @property
+    def can_grow_to(self) -> dict[str, float]:
+        """`max_resources` by name, from the environment where it isn't given; empty for no growth.
+
+        Raises:
+            RequestError: It has another form.
+        """
+        text = self.max_resources or os.environ.get("FEATUREX_MAX_RESOURCES", "")
+        found: dict[str, float] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            name, _, count = item.partition("=")
+            if name not in ("CPU", "GPU") or not count.isdigit():
+                raise RequestError(f"--max-resources {text!r}: give counts such as CPU=300,GPU=4")
+            found[name] = float(count)
+        return found
 
     def weights_of(self, extractor: str) -> str | None:
         """The `--weights` URI meant for one extractor, given as on the command line."""
@@ -270,3 +294,4 @@ class ExtractionJob:
         for text in (self.decode_actors, self.extract_actors):
             if text is not None:
                 PoolSize.parse(text)
+        _ = self.can_grow_to  # raises where it has another form

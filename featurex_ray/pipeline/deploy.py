@@ -47,31 +47,33 @@ _VIDEO_NAME = r"(?i)\.(mp4|m4v|mov|mkv|webm|avi|ts|m2ts|mts|mpg|mpeg|vob|flv|ogv
 
 
 SECONDS_FOR_THE_FIRST_CPU = 60
-"""A cluster that has just started: its autoscaler may not have said yet what it can bring."""
+"""Of a cluster whose nodes are only joining."""
 
 
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs that the cluster has or, where it autoscales, can grow to.
+def cluster_resources(job: ExtractionJob) -> dict[str, float]:
+    """CPUs and GPUs that the cluster has or, where the job says so, can grow to.
 
     A cluster that scales from zero has none yet; actors that wait for their nodes are what makes it grow.
 
     Raises:
-        RequestError: It has no CPU, and there is no autoscaler that could bring one.
+        RequestError: It has no CPU, and nobody says that it can grow.
     """
+    limits = job.can_grow_to
     deadline = time.monotonic() + SECONDS_FOR_THE_FIRST_CPU
-    while not (found := _now_or_later()).get("CPU"):
+    while not (found := _now_or_later(limits)).get("CPU"):
         if time.monotonic() > deadline:
-            raise RequestError("the Ray cluster has no CPUs, and no autoscaler that says it can bring some")
+            raise RequestError(
+                "the Ray cluster has no CPUs; if it scales from zero, say what it can grow to with "
+                "--max-resources CPU=N,GPU=N"
+            )
         time.sleep(1)
     return found
 
 
-def _now_or_later() -> dict[str, float]:
+def _now_or_later(limits: dict[str, float]) -> dict[str, float]:
     now = ray.cluster_resources()
-    # Ray's own libraries read the autoscaler's limits there; it has no public name yet.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     return {
-        name: max(now.get(name, 0.0), min(float(limits.get(name, 0)), MANY))
+        name: max(now.get(name, 0.0), limits.get(name, 0.0))
         for name in ("CPU", "GPU")
         if name in now or name in limits
     }
@@ -105,7 +107,7 @@ def block_shape(
         first: Some of the manifest's samples; they tell of what kind the others are.
         num_samples: Samples to do.
         windowed: Whether videos are cut; one of them is then a block's work.
-        resources: As `cluster_resources()` gives them.
+        resources: As `cluster_resources` gives them.
     """
     kind = _kind(first)
     spread = math.ceil(num_samples / (BLOCKS_PER_CPU * max(resources.get("CPU", 1), 1)))
@@ -189,7 +191,7 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Dep
 
     Args:
         job: Its bounds win over what the resources suggest.
-        resources: As `cluster_resources()` gives them.
+        resources: As `cluster_resources` gives them.
         most: Actors that a pool has at most, where the job sets no bounds.
 
     Raises:

@@ -284,10 +284,12 @@ def _recorded(store: ObjectStore, name: str) -> dict[str, Any]:
 
 def _ask_precision(job: ExtractionJob) -> str:
     """What `auto` precision is on the hardware that will extract."""
-    gpus = 1 if cluster_resources().get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
-    if not gpus and hosts() == {socket.gethostname()}:
+    gpus = 1 if cluster_resources(job).get("GPU", 0) >= 1 and job.gpus_per_extract_actor != 0 else 0
+    has_workers = bool(ray.cluster_resources().get("CPU"))
+    if not gpus and has_workers and hosts() == {socket.gethostname()}:
         return auto_precision(False)  # this very CPU; a worker would only take its time
-    ask = ray.remote(num_cpus=0, num_gpus=gpus)(auto_precision)
+    # Where there is no worker yet, it is the reserved CPU that brings one.
+    ask = ray.remote(num_cpus=0 if has_workers else 1, num_gpus=gpus)(auto_precision)
     return ray.get(ask.remote(gpus > 0))
 
 
@@ -414,7 +416,7 @@ def _work(
     run_id: str,
 ) -> Work:
     num_samples = sum(int(mask.sum()) for mask in todo)
-    cluster = cluster_resources()
+    cluster = cluster_resources(request.job)
     first = _some_samples(tables, assignments[0])
     windowed = request.job.clip_seconds is not None
     shape = block_shape(first, num_samples=num_samples, windowed=windowed, resources=cluster)
