@@ -48,6 +48,18 @@ def test_worker_shapes_are_those_of_kubernetes(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
+def test_jobs_are_told_how_far_the_cluster_can_grow(cloud: str) -> None:
+    config = read(cloud)
+    workers = [kind for name, kind in config["available_node_types"].items() if name != "head"]
+    total = {
+        name: sum(kind["max_workers"] * kind["resources"].get(name, 0) for kind in workers)
+        for name in ("CPU", "GPU")
+    }
+    told = next(o for o in config["docker"]["run_options"] if "FEATUREX_MAX_RESOURCES" in o)
+    assert told == f"--env FEATUREX_MAX_RESOURCES=CPU={total['CPU']},GPU={total['GPU']}"
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
 def test_the_head_runs_no_work_workers_are_spot_and_a_token_is_needed(cloud: str) -> None:
     config = read(cloud)
     types = config["available_node_types"]

@@ -89,3 +89,20 @@ def test_an_actor_has_to_be_worth_its_start() -> None:
     assert most_actors(photos, num_samples=1000, windowed=False) == 3
     assert most_actors(films, num_samples=100, windowed=False) == 12
     assert most_actors(films, num_samples=1, windowed=True) > 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("CPU=300,GPU=4", {"CPU": 300.0, "GPU": 4.0}), (" CPU=8 ", {"CPU": 8.0}), ("", {})]
+)
+def test_how_far_a_cluster_can_grow_is_said_by_option_or_environment(
+    text: str, found: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job(max_resources=text).can_grow_to == found
+    monkeypatch.setenv("FEATUREX_MAX_RESOURCES", text)
+    assert job().can_grow_to == found
+
+
+@pytest.mark.parametrize("text", ["300", "CPU", "CPU=many", "TPU=3", "CPU=-1"])
+def test_growth_of_another_form_fails(text: str) -> None:
+    with pytest.raises(RequestError, match="--max-resources"):
+        job(max_resources=text)
