@@ -1,5 +1,6 @@
 """The main job as people run it: submitted over HTTP to a Ray cluster that knows nothing of us."""
 
+import json
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -68,20 +69,11 @@ def cluster(s3_server: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(address: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def submit(
+    address: str, *arguments: str, options: Sequence[str] = ("--working-dir", ".")
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [
-            BIN / "ray",
-            "job",
-            "submit",
-            "--address",
-            address,
-            "--working-dir",
-            ".",
-            "--",
-            "python",
-            *arguments,
-        ],
+        [BIN / "ray", "job", "submit", "--address", address, *options, "--", "python", *arguments],
         cwd=CHECKOUT,
         env=os.environ | TOKEN,
         capture_output=True,
@@ -139,3 +131,34 @@ def test_a_wrong_request_fails_the_job_and_says_why(cluster: str, s3_root: str) 
     assert "featurex: " in found.stdout, found.stderr
     assert "none.parquet" in found.stdout
     assert "exit code 2" in found.stdout
+
+
+OWN = """
+from featurex_ray import ExtractorSpec, InputSpec
+
+
+class Mean:
+    spec = ExtractorSpec(dimension=3, input=InputSpec(16, 16, None, "bilinear"))
+
+    def __call__(self, frames):
+        return frames.mean(dim=(1, 3, 4))
+"""
+
+
+@pytest.mark.long
+def test_an_own_extractor_travels_as_py_module(
+    cluster: str, bundled_media: Path, s3_root: str, tmp_path: Path
+) -> None:
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "module.py").write_text(OWN)
+    fsspec.filesystem("s3").put(f"{bundled_media}/images/", f"{s3_root}/media/", recursive=True)
+    build_manifest(f"{s3_root}/media", f"{s3_root}/m.parquet", dataset="photos")
+    extract = f"-m featurex_ray.cli extract {s3_root}/m.parquet --output {s3_root}/out --extractor"
+    environment = ["--runtime-env-json", json.dumps({"py_modules": [str(tmp_path / "my_package")]})]
+    without = submit(cluster, *extract.split(), "my_package.module:Mean", options=[])
+    assert without.returncode != 0
+    assert "my_package" in without.stdout
+    done = submit(cluster, *extract.split(), "my_package.module:Mean", options=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "my_package.module-Mean: 12 done, 1 failed, 0 skipped" in done.stdout
