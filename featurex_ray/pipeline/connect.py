@@ -50,7 +50,14 @@ def _join(address: str) -> None:
     if listens is False:
         raise RequestError(f"no Ray cluster at {address}: nothing listens there")
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=address != "local")
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=address != "local",
+            # Of a cluster that ends with the run nobody opens the dashboard, and its ten processes
+            # would start beside ours.
+            include_dashboard=False if address == "local" else None,
+        )
     except ConnectionError as error:
         why = f"it doesn't let this process in; if it wants a token, {WAY_IN}" if listens else str(error)
         raise RequestError(f"no Ray cluster at {address}: {why}") from error

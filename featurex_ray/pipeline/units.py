@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from featurex_ray.contained.limits import status_bytes
 from featurex_ray.errors import SampleError
 
 ERROR = pa.struct(
@@ -123,6 +124,8 @@ STAGED = pa.schema(
 
 def peak_bytes() -> int:
     """The most memory that this process has held so far, with the shared memory that it touched."""
+    if sys.platform == "linux":
+        return status_bytes("VmHWM")  # getrusage() would begin with what the parent held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
