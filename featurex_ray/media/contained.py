@@ -19,8 +19,8 @@ from featurex_ray.errors import DecodeError, ProbeError, SampleError
 from featurex_ray.media import decord_backend, pyav_backend
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage, load_plugins, set_bomb_check
-from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, carry_out
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import Decoded, DecodeOptions, Outcome, SampleRequest, decode_sample
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.sniff import Buffer
 from featurex_ray.media.video import MAX_UNIT_BYTES, Clip, ClipRequest, DecodedVideo
@@ -38,8 +38,8 @@ _HELP = {
 _STAGES: dict[str, type[SampleError]] = {"probe": ProbeError, "decode": DecodeError}
 
 
-class ContainedWorkshop:
-    """Carries out orders in a child process; see `Workshop`.
+class ContainedDecoder:
+    """Decodes samples in a child process; see `SampleDecoder`.
 
     A sample that loses its child twice (a crash, the deadline, memory) is a failure; those beside
     it are not affected. Where either decoder may be used, the second try is PyAV's: it reads all
@@ -68,38 +68,38 @@ class ContainedWorkshop:
             limits=limits or ProcessLimits(),
         )
 
-    def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
-        """See `Workshop`."""
-        orders = list(orders)
-        done: dict[int, Done] = {}
+    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
+        """See `SampleDecoder`."""
+        requests = list(requests)
+        done: dict[int, Decoded] = {}
         losses: Counter[int] = Counter()
-        waiting = deque(range(len(orders)))
+        waiting = deque(range(len(requests)))
         while waiting:
-            batch = _batch(orders, waiting)
+            batch = _batch(requests, waiting)
             try:
-                for answers in self._answers([orders[place] for place in batch]):
+                for answers in self._answers([requests[place] for place in batch]):
                     done |= {waiting.popleft(): answer for answer in answers}
             except ChildLostError as error:
                 lost = batch[min(max(error.item, batch.index(waiting[0])), len(batch) - 1)]
                 losses[lost] += 1
-                orders[lost] = (replace(orders[lost][0], policy=self._second), orders[lost][1])
+                requests[lost] = (replace(requests[lost][0], policy=self._second), requests[lost][1])
                 if losses[lost] == _TRIES:
                     waiting.remove(lost)
-                    done[lost] = Done(_failure(error), math.nan)
-        return [done[place] for place in range(len(orders))]
+                    done[lost] = Decoded(_failure(error), math.nan)
+        return [done[place] for place in range(len(requests))]
 
     def peak_bytes(self) -> int:
-        """See `Workshop`."""
+        """See `SampleDecoder`."""
         return self.process.peak_bytes()
 
-    def _answers(self, orders: Sequence[tuple[Order, Buffer]]) -> Iterator[list[Done]]:
+    def _answers(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> Iterator[list[Decoded]]:
         """What the child says of a batch, as far as it can be true."""
         answered = 0
-        for told in self.process.run(orders):
+        for told in self.process.run(requests):
             answers = []
             for each in told:
                 try:
-                    answers.append(_believed(each, orders[answered][0], self._inputs, self.process.outbox))
+                    answers.append(_believed(each, requests[answered][0], self._inputs, self.process.outbox))
                 except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
                     self.process.discard()
                     raise ChildLostError(
@@ -110,7 +110,7 @@ class ContainedWorkshop:
 
 
 class Decoder:
-    """What decodes in the child: `carry_out`, its outcomes put into shared memory."""
+    """What decodes in the child: `decode_sample`, its outcomes put into shared memory."""
 
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
@@ -121,9 +121,9 @@ class Decoder:
             decord_backend.preload()
         _rehearse(options)
 
-    def __call__(self, item: Order, data: memoryview, outbox: Outbox) -> list[Any]:
-        """Carry out one order; see `template.Handler`."""
-        done = carry_out(item, data, self._options)
+    def __call__(self, item: SampleRequest, data: memoryview, outbox: Outbox) -> list[Any]:
+        """Decode one sample; see `template.Handler`."""
+        done = decode_sample(item, data, self._options)
         return [*_answer(done.outcome, outbox), done.seconds]
 
 
@@ -138,11 +138,11 @@ def _rehearse(options: DecodeOptions) -> None:
         for _ in range(8):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         container.mux(stream.encode(None))
-    request = ClipRequest(Sampling("uniform", 3), clip_seconds=0.3)
+    clips = ClipRequest(Sampling("uniform", 3), clip_seconds=0.3)
     for data in (image.getvalue(), video.getvalue(), video.getvalue()[:-400]):
         # By PyAV, whatever the policy: decord alone refuses this codec before anything is decoded.
-        for order in (Order(request, policy="pyav"), Order(request, cut=True)):
-            carry_out(order, data, options)
+        for request in (SampleRequest(clips, policy="pyav"), SampleRequest(clips, cut=True)):
+            decode_sample(request, data, options)
 
 
 def _answer(outcome: Outcome, outbox: Outbox) -> list[Any]:
@@ -170,7 +170,9 @@ def _bytes(array: np.ndarray) -> memoryview:
     return (array if array.flags.c_contiguous else np.ascontiguousarray(array)).data.cast("B")
 
 
-def _believed(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox: mmap.mmap) -> Done:
+def _believed(
+    told: list[Any], request: SampleRequest, inputs: Sequence[InputSpec], outbox: mmap.mmap
+) -> Decoded:
     """An answer as an outcome, its arrays copied out of shared memory.
 
     Raises:
@@ -183,13 +185,13 @@ def _believed(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox
         _, stage, code, message, _ = told
         if not (str(code).isidentifier() and len(code) <= 40 and len(message) <= 1000):
             raise ValueError("an error without a code")
-        return Done(_STAGES[stage](code, str(message)), seconds)
-    if order.cut:
-        return Done(_units(kind, told[1:-1]), seconds)
+        return Decoded(_STAGES[stage](code, str(message)), seconds)
+    if request.cut:
+        return Decoded(_units(kind, told[1:-1]), seconds)
     if kind == "image":
-        return Done(_image(told, inputs, outbox), seconds)
+        return Decoded(_image(told, inputs, outbox), seconds)
     if kind == "video":
-        return Done(_video(told, order, inputs, outbox), seconds)
+        return Decoded(_video(told, request, inputs, outbox), seconds)
     raise ValueError("an outcome of no kind")
 
 
@@ -209,7 +211,9 @@ def _units(kind: str, facts: list[Any]) -> list[range]:
     return units
 
 
-def _video(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox: mmap.mmap) -> DecodedVideo:
+def _video(
+    told: list[Any], request: SampleRequest, inputs: Sequence[InputSpec], outbox: mmap.mmap
+) -> DecodedVideo:
     _, width, height, complete, place, decoder, num_decoded, num_clips, num_rows, _ = told
     memory = _Memory(outbox, place)
     if decoder not in ("pyav", "decord"):
@@ -220,7 +224,7 @@ def _video(told: list[Any], order: Order, inputs: Sequence[InputSpec], outbox: m
         raise ValueError("clips without frames")
     pts = memory.floats(int(lengths.sum()))
     indices = [int(index) for index in table[:, 0]]
-    wanted = order.clips or range(_count(num_clips))
+    wanted = request.clips or range(_count(num_clips))
     # Lengths first: a number of clips that nobody could list must not be listed here.
     if len(indices) != len(wanted) or indices != list(wanted) or wanted.stop > _count(num_clips):
         raise ValueError("clips that were not asked for")
@@ -277,12 +281,12 @@ def _failure(error: ChildLostError) -> DecodeError:
     return DecodeError(_CODES[error.reason], message, attempts=_TRIES)
 
 
-def _batch(orders: Sequence[tuple[Order, Buffer]], waiting: Sequence[int]) -> list[int]:
-    """The next orders whose bytes fit into the inbox together; at least one."""
+def _batch(requests: Sequence[tuple[SampleRequest, Buffer]], waiting: Sequence[int]) -> list[int]:
+    """The next requests whose bytes fit into the inbox together; at least one."""
     batch: list[int] = []
     num_bytes = 0
     for place in waiting:
-        num_bytes += len(orders[place][1])
+        num_bytes += len(requests[place][1])
         if batch and (num_bytes > INBOX_BYTES or len(batch) == _MOST_ORDERS):
             break
         batch.append(place)

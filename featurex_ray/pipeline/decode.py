@@ -15,12 +15,19 @@ from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
 from featurex_ray.job import Isolation, Partial
 from featurex_ray.manifest import read_inline
-from featurex_ray.media.contained import DECODER, ContainedWorkshop
+from featurex_ray.media.contained import DECODER, ContainedDecoder
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage
 from featurex_ray.media.limits import MediaLimits
-from featurex_ray.media.order import DecodeOptions, Done, Order, Outcome, OwnProcess, Workshop
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import (
+    Decoded,
+    DecodeOptions,
+    InProcessDecoder,
+    Outcome,
+    SampleDecoder,
+    SampleRequest,
+)
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline import metrics
@@ -45,30 +52,30 @@ class DecodeSettings:
     handler: str = DECODER  # what decodes in the child; tests bring their own
     max_in_flight: int = 32
 
-    def order(self, row: dict[str, Any], *, cut: bool = False) -> Order:
+    def request(self, row: dict[str, Any], *, cut: bool = False) -> SampleRequest:
         """What this job wants of one unit; with `cut`, to know the sample's units."""
         first = row.get("first_clip")
         clips = None if first is None else range(first, first + row["num_unit_clips"])
-        request = _request(
+        video = _clip_request(
             self.sampling,
             self.clip_seconds,
             self.clip_stride_seconds,
             row["start_seconds"],
             row["end_seconds"],
         )
-        return _order(request, row["media_type"], clips, cut)
+        return _sample_request(video, row["media_type"], clips, cut)
 
-    def workshop(self) -> Workshop:
-        """Who decodes in this process."""
+    def sample_decoder(self) -> SampleDecoder:
+        """Decodes in this process, or in a child of it."""
         options = DecodeOptions(self.inputs, self.decoder, self.media_limits, self.partial)
         if self.isolation == "none":
-            return OwnProcess(options)
-        return ContainedWorkshop(options, limits=self.limits, handler=self.handler)
+            return InProcessDecoder(options)
+        return ContainedDecoder(options, limits=self.limits, handler=self.handler)
 
 
-# Most orders of a run are equal, and one that is made once costs less to hand over than many.
-_request = lru_cache(maxsize=1024)(ClipRequest)
-_order = lru_cache(maxsize=1024)(Order)
+# Most requests of a run are equal, and one that is made once costs less to hand over than many.
+_clip_request = lru_cache(maxsize=1024)(ClipRequest)
+_sample_request = lru_cache(maxsize=1024)(SampleRequest)
 
 Media = Fetched | SampleError
 
@@ -114,19 +121,19 @@ class CutUnits:
     def __init__(self, settings: DecodeSettings) -> None:
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
-        self._workshop = settings.workshop()
+        self._decoder = settings.sample_decoder()
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Planned samples -> units, at least one a sample, in the schema `CUT`."""
         rows = samples.to_pylist()
         media = fetch_media(rows, self._fetcher)
         found = [media[media_key(row)] for row in rows]
-        orders = [
-            (self._settings.order(row, cut=True), each.data)
+        requests = [
+            (self._settings.request(row, cut=True), each.data)
             for row, each in zip(rows, found, strict=True)
             if isinstance(each, Fetched)
         ]
-        outcomes = iter(self._workshop.carry_out(orders))
+        outcomes = iter(self._decoder.decode(requests))
         units = [
             unit
             for row, each in zip(rows, found, strict=True)
@@ -175,7 +182,7 @@ class DecodeMedia:
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
         self._schema = decoded_schema(len(settings.inputs))
-        self._workshop = settings.workshop()
+        self._decoder = settings.sample_decoder()
         # Decoding takes the one CPU of this actor; the other thread's fetches overlap with it.
         self._decoding = threading.Lock()
 
@@ -199,7 +206,7 @@ class DecodeMedia:
         """
         with self._decoding:
             decoded = self._decode(units, media)
-            peak = max(peak_bytes(), self._workshop.peak_bytes())
+            peak = max(peak_bytes(), self._decoder.peak_bytes())
         costs = {"fetch_seconds": fetch_seconds, "decode_peak_bytes": peak}
         decoded = [row | costs for row in decoded]
         metrics.count_decoded(decoded)
@@ -207,12 +214,12 @@ class DecodeMedia:
 
     def _decode(self, rows: list[dict[str, Any]], media: dict[Any, Media]) -> list[dict[str, Any]]:
         found = [None if row.get("error") else media[media_key(row)] for row in rows]
-        orders = [
-            (self._settings.order(row), each.data)
+        requests = [
+            (self._settings.request(row), each.data)
             for row, each in zip(rows, found, strict=True)
             if isinstance(each, Fetched)
         ]
-        done = iter(self._workshop.carry_out(orders))
+        done = iter(self._decoder.decode(requests))
         return [
             row | _media_columns(each) | _outcome_columns(next(done))
             if isinstance(each, Fetched)
@@ -229,7 +236,7 @@ def _media_columns(media: Fetched) -> dict[str, Any]:
     }
 
 
-def _outcome_columns(done: Done) -> dict[str, Any]:
+def _outcome_columns(done: Decoded) -> dict[str, Any]:
     outcome = done.outcome
     if isinstance(outcome, SampleError):
         columns: dict[str, Any] = {"error": error_struct(outcome)}

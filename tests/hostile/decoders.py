@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from featurex_ray.contained.template import Outbox
 from featurex_ray.media.contained import Decoder
-from featurex_ray.media.order import Order
+from featurex_ray.media.request import SampleRequest
 
 
 def _double_free() -> None:
@@ -57,7 +57,7 @@ class DefectiveDecoder:
     def __init__(self, setup: Any) -> None:
         self._decoder = Decoder(setup)
 
-    def __call__(self, item: Order, data: memoryview, outbox: Outbox) -> Any:
+    def __call__(self, item: SampleRequest, data: memoryview, outbox: Outbox) -> Any:
         end = bytes(data[-16:])
         for name, strike in DEFECTS.items():
             if end.endswith(name):
@@ -71,5 +71,5 @@ class Forger:
     def __init__(self, setup: Any) -> None:
         pass
 
-    def __call__(self, item: Order, data: memoryview, outbox: Outbox) -> Any:
+    def __call__(self, item: SampleRequest, data: memoryview, outbox: Outbox) -> Any:
         return eval(bytes(data), {"nan": float("nan"), "big": 1 << 70})

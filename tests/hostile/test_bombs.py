@@ -16,17 +16,17 @@ from PIL import Image
 from featurex_ray.contained import ProcessLimits
 from featurex_ray.contained.limits import status_bytes
 from featurex_ray.errors import SampleError
-from featurex_ray.media.contained import ContainedWorkshop
+from featurex_ray.media.contained import ContainedDecoder
 from featurex_ray.media.limits import MediaLimits
-from featurex_ray.media.order import DecodeOptions, Order
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import DecodeOptions, SampleRequest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest
 from tests.hostile.campaign import FULL, count, report
 from tests.hostile.mutants import blank_image, originals
 from tests.media.barcode import encoded
 
-ORDER = Order(ClipRequest(Sampling("uniform", 2)))
+REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 2)))
 MIB = 1 << 20
 
 
@@ -123,27 +123,27 @@ def files() -> dict[str, bytes]:
 def test_bombs(files: dict[str, bytes]) -> None:
     assert len(files) == 20
     limits = MediaLimits(max_frames=1_000_000 if FULL else 20_000)
-    workshop = ContainedWorkshop(DecodeOptions((InputSpec(64, 64),), "auto", limits))
-    workshop.carry_out([(ORDER, originals()["png"])])
+    decoder = ContainedDecoder(DecodeOptions((InputSpec(64, 64),), "auto", limits))
+    decoder.decode([(REQUEST, originals()["png"])])
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: making the files took some
     before = status_bytes("VmRSS")
     outcomes = {}
     for name, data in files.items():
-        order = Order(ClipRequest(Sampling("every", 1))) if "clip" in name else ORDER
-        (done,) = workshop.carry_out([(order, data)])
+        request = SampleRequest(ClipRequest(Sampling("every", 1))) if "clip" in name else REQUEST
+        (done,) = decoder.decode([(request, data)])
         assert isinstance(done.outcome, SampleError), name
         outcomes[name] = done.outcome.code
     peak = status_bytes("VmHWM") - before
     report(
         "M4",
         bombs=len(outcomes),
-        child_mib=workshop.peak_bytes() >> 20,
+        child_mib=decoder.peak_bytes() >> 20,
         parent_growth_mib=round(peak / MIB, 1),
     )
     assert set(outcomes.values()) == {"too_large"}
-    assert workshop.peak_bytes() <= 1 << 30
+    assert decoder.peak_bytes() <= 1 << 30
     assert peak <= 100 * MIB
-    workshop.process.close()
+    decoder.process.close()
 
 
 LARGEST: dict[str, Callable[[], bytes]] = {
@@ -159,14 +159,14 @@ LARGEST: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", list(LARGEST) if FULL else ["gray png", "h264 of 16 references"])
 def test_the_largest_allowed_stay_within_the_memory(name: str) -> None:
-    workshop = ContainedWorkshop(DecodeOptions((InputSpec(64, 64),), "pyav"))
-    (done,) = workshop.carry_out([(ORDER, LARGEST[name]())])
+    decoder = ContainedDecoder(DecodeOptions((InputSpec(64, 64),), "pyav"))
+    (done,) = decoder.decode([(REQUEST, LARGEST[name]())])
     outcome = done.outcome
     told = outcome.code if isinstance(outcome, SampleError) else "features"
-    report("M4 largest", file=name, outcome=told, child_mib=workshop.peak_bytes() >> 20)
+    report("M4 largest", file=name, outcome=told, child_mib=decoder.peak_bytes() >> 20)
     assert told in ("features", "too_large")
-    assert workshop.peak_bytes() <= 1 << 30
-    workshop.process.close()
+    assert decoder.peak_bytes() <= 1 << 30
+    decoder.process.close()
 
 
 def test_without_limits_a_bomb_takes_what_it_wants() -> None:
@@ -183,7 +183,7 @@ def test_without_limits_a_bomb_takes_what_it_wants() -> None:
 
 def test_memory_does_not_grow_with_opens() -> None:
     """A leak grows in every window of opens; an allocator that still settles grows in its first ones only."""
-    workshop = ContainedWorkshop(
+    decoder = ContainedDecoder(
         DecodeOptions((InputSpec(32, 32),), "auto"), limits=ProcessLimits(items_per_child=1 << 40)
     )
     files = list(originals().values())
@@ -193,8 +193,8 @@ def test_memory_does_not_grow_with_opens() -> None:
         """Bytes an open, of the child and of this process, over one window."""
         sizes = []
         for first in range(0, window, 100):
-            workshop.carry_out([(ORDER, files[n % len(files)]) for n in range(first, first + 100)])
-            sizes.append((status_bytes("VmRSS", pid=workshop.process.child_pid), status_bytes("VmRSS")))
+            decoder.decode([(REQUEST, files[n % len(files)]) for n in range(first, first + 100)])
+            sizes.append((status_bytes("VmRSS", pid=decoder.process.child_pid), status_bytes("VmRSS")))
         child, parent = np.polyfit(100 * np.arange(len(sizes)), np.array(sizes, float), 1)[0]
         return float(child), float(parent)
 
@@ -205,4 +205,4 @@ def test_memory_does_not_grow_with_opens() -> None:
         if max(child, parent) <= 1024:
             break
     assert max(child, parent) <= 1024
-    workshop.process.close()
+    decoder.process.close()

@@ -12,10 +12,10 @@ import pytest
 
 from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
-from featurex_ray.media.contained import ContainedWorkshop
+from featurex_ray.media.contained import ContainedDecoder
 from featurex_ray.media.image import DecodedImage
-from featurex_ray.media.order import DecodeOptions, Done, Order
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import Decoded, DecodeOptions, SampleRequest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings
@@ -27,17 +27,17 @@ from tests.hostile.mutants import originals
 from tests.media.barcode import encoded, photograph
 
 OPTIONS = DecodeOptions((InputSpec(32, 32),))
-ORDER = Order(ClipRequest(Sampling("uniform", 2)))
+REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 2)))
 HANDLER = "tests.hostile.decoders:DefectiveDecoder"
 CRASHES = [name for name in DEFECTS if name not in (b"DEFECT:loop", b"DEFECT:sleep", b"DEFECT:stop")]
 
 
-def defective(**limits: float) -> ContainedWorkshop:
-    return ContainedWorkshop(OPTIONS, limits=ProcessLimits(**limits), handler=HANDLER)  # type: ignore[arg-type]
+def defective(**limits: float) -> ContainedDecoder:
+    return ContainedDecoder(OPTIONS, limits=ProcessLimits(**limits), handler=HANDLER)  # type: ignore[arg-type]
 
 
-def run(workshop: ContainedWorkshop, files: list[bytes]) -> list[Done]:
-    return workshop.carry_out([(ORDER, data) for data in files])
+def run(decoder: ContainedDecoder, files: list[bytes]) -> list[Decoded]:
+    return decoder.decode([(REQUEST, data) for data in files])
 
 
 def pictures(number: int) -> list[bytes]:
@@ -45,12 +45,12 @@ def pictures(number: int) -> list[bytes]:
 
 
 def test_crashes_among_many() -> None:
-    workshop = defective()
+    decoder = defective()
     files = pictures(count(200, 2000))
-    expected = run(workshop, files)
+    expected = run(decoder, files)
     struck = {place: CRASHES[i % len(CRASHES)] for i, place in enumerate(range(7, len(files), 29))}
     start = time.monotonic()
-    disturbed = run(workshop, [data + struck.get(place, b"") for place, data in enumerate(files)])
+    disturbed = run(decoder, [data + struck.get(place, b"") for place, data in enumerate(files)])
     seconds = time.monotonic() - start
     for place, (one, other) in enumerate(zip(disturbed, expected, strict=True)):
         if place in struck:
@@ -63,7 +63,7 @@ def test_crashes_among_many() -> None:
     each = seconds / len(struck)
     assert each < 2
     report("M2", samples=len(files), crashes=len(struck), seconds_each=round(each, 3))
-    workshop.process.close()
+    decoder.process.close()
 
 
 ALONE = """
@@ -89,18 +89,18 @@ def test_the_same_defect_ends_a_process_that_decodes_itself(defect: bytes) -> No
 
 @pytest.mark.parametrize("defect", [b"DEFECT:loop", b"DEFECT:sleep", b"DEFECT:stop"])
 def test_what_never_ends_is_ended(defect: bytes) -> None:
-    workshop = defective(item_seconds=0.5)
-    run(workshop, pictures(1))
+    decoder = defective(item_seconds=0.5)
+    run(decoder, pictures(1))
     overruns = []
     for data in pictures(count(2, 10)):
         start = time.monotonic()
-        (done,) = run(workshop, [data + defect])
+        (done,) = run(decoder, [data + defect])
         overruns.append(time.monotonic() - start - 2 * 0.5)  # it has two tries
         assert isinstance(done.outcome, SampleError)
         assert done.outcome.code == "timeout"
     assert max(overruns) < 1
     report(f"M3 {defect.decode()}", cases=len(overruns), most_seconds_after_deadlines=round(max(overruns), 3))
-    workshop.process.close()
+    decoder.process.close()
 
 
 def test_cpu_seconds_end_it_too() -> None:
@@ -122,13 +122,13 @@ def test_a_header_that_claims_an_hour() -> None:
     data[at : at + 4] = (25 * 3600).to_bytes(4, "little")  # frames in all
     at = data.index(b"strh") + 8 + 32
     data[at : at + 4] = (25 * 3600).to_bytes(4, "little")  # the stream's length
-    workshop = defective(item_seconds=30)
+    decoder = defective(item_seconds=30)
     start = time.monotonic()
-    (done,) = run(workshop, [bytes(data)])
+    (done,) = run(decoder, [bytes(data)])
     assert time.monotonic() - start < 10
     assert isinstance(done.outcome, DecodedVideo)
     assert done.outcome.clips[0].end_seconds < 1
-    workshop.process.close()
+    decoder.process.close()
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -147,7 +147,7 @@ def test_on_ray_the_job_ends_and_neighbours_are_equal(tmp_path: Path) -> None:
         settings = DecodeSettings(
             policy=ReadPolicy(str(folder / "m.csv")),
             inputs=OPTIONS.inputs,
-            sampling=ORDER.request.sampling,
+            sampling=REQUEST.video.sampling,
             clip_seconds=None,
             clip_stride_seconds=None,
             decoder="pyav",

@@ -9,16 +9,16 @@ import pytest
 
 import featurex_ray as fx
 from featurex_ray.errors import SampleError
-from featurex_ray.media.contained import ContainedWorkshop
+from featurex_ray.media.contained import ContainedDecoder
 from featurex_ray.media.image import DecodedImage
-from featurex_ray.media.order import DecodeOptions, Order, OwnProcess
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import DecodeOptions, InProcessDecoder, SampleRequest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.table.verify import verify_table
 from tests.hostile.campaign import FULL, report
 
-ORDER = Order(ClipRequest(Sampling("uniform", 2)))
+REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 2)))
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def test_a_child_makes_of_them_what_this_process_makes(files: list[Path]) -> Non
     others = [path for path in files if not is_odd(path)]
     chosen = odd + (others if FULL else others[::8])
     options = DecodeOptions((InputSpec(64, 64),), "decord+pyav")
-    contained, own = ContainedWorkshop(options), OwnProcess(options)
+    contained, own = ContainedDecoder(options), InProcessDecoder(options)
     codes: Counter[str] = Counter()
     for first in range(0, len(chosen), 32):
-        orders = [(ORDER, path.read_bytes()) for path in chosen[first : first + 32]]
-        both = zip(contained.carry_out(orders), own.carry_out(orders), strict=True)
+        requests = [(REQUEST, path.read_bytes()) for path in chosen[first : first + 32]]
+        both = zip(contained.decode(requests), own.decode(requests), strict=True)
         for path, (one, other) in zip(chosen[first : first + 32], both, strict=True):
             assert type(one.outcome) is type(other.outcome), (path, one.outcome, other.outcome)
             if isinstance(one.outcome, SampleError):

@@ -10,16 +10,16 @@ import pytest
 
 from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
-from featurex_ray.media.contained import ContainedWorkshop
+from featurex_ray.media.contained import ContainedDecoder
 from featurex_ray.media.image import DecodedImage
-from featurex_ray.media.order import DecodeOptions, Order
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import DecodeOptions, SampleRequest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from tests.hostile.campaign import count, report
 from tests.hostile.mutants import mutant, originals
 
-ORDER = Order(ClipRequest(Sampling("uniform", 4)))
+REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 4)))
 KNOWN = {
     *("empty", "unsupported_container", "truncated", "undecodable", "no_video", "no_frames", "too_large"),
     *("unsupported_codec", "timeout", "decoder_crashed"),
@@ -30,14 +30,14 @@ BATCH = 100
 @pytest.mark.parametrize("policy", ["decord+pyav", "pyav"])
 def test_mutants(policy: str) -> None:
     options = DecodeOptions((InputSpec(32, 32),), policy)  # type: ignore[arg-type]
-    workshop = ContainedWorkshop(options, limits=ProcessLimits(item_seconds=20))
-    intact = workshop.carry_out([(ORDER, data) for data in originals().values()])
+    decoder = ContainedDecoder(options, limits=ProcessLimits(item_seconds=20))
+    intact = decoder.decode([(REQUEST, data) for data in originals().values()])
     assert not any(isinstance(done.outcome, SampleError) for done in intact)
     codes: Counter[str] = Counter()
     total = count(300, 20_000) if policy == "decord+pyav" else count(100, 5_000)
     for first in range(0, total, BATCH):
         files = [mutant(seed)[1] for seed in range(first, first + BATCH)]
-        done = workshop.carry_out([(ORDER, data) for data in files])
+        done = decoder.decode([(REQUEST, data) for data in files])
         assert len(done) == len(files)
         for place, each in enumerate(done):
             if isinstance(each.outcome, SampleError):
@@ -49,20 +49,20 @@ def test_mutants(policy: str) -> None:
             assert np.concatenate([array.ravel() for array in each.outcome.frames]).dtype == np.uint8
     assert sum(codes.values()) == total
     # Among the damaged files stand intact ones, decoded by children that saw the others.
-    after = workshop.carry_out([(ORDER, data) for data in originals().values()])
+    after = decoder.decode([(REQUEST, data) for data in originals().values()])
     for one, other in zip(intact, after, strict=True):
         assert isinstance(one.outcome, DecodedImage | DecodedVideo)
         assert isinstance(other.outcome, DecodedImage | DecodedVideo)
         assert np.array_equal(one.outcome.frames[0], other.outcome.frames[0])
-    report(f"M1 {policy}", mutants=total, outcomes=dict(codes), peak_mib=workshop.peak_bytes() >> 20)
-    workshop.process.close()
+    report(f"M1 {policy}", mutants=total, outcomes=dict(codes), peak_mib=decoder.peak_bytes() >> 20)
+    decoder.process.close()
 
 
 ALONE = """
 from tests.hostile.mutants import mutant
-from tests.hostile.test_mutants import ORDER, DecodeOptions, InputSpec
-from featurex_ray.media.order import carry_out
-carry_out(ORDER, mutant(16006)[1], DecodeOptions((InputSpec(32, 32),), "decord+pyav"))
+from tests.hostile.test_mutants import REQUEST, DecodeOptions, InputSpec
+from featurex_ray.media.request import decode_sample
+decode_sample(REQUEST, mutant(16006)[1], DecodeOptions((InputSpec(32, 32),), "decord+pyav"))
 """
 
 
@@ -76,11 +76,11 @@ def test_a_mutant_that_ends_its_decoder() -> None:
     assert alone.returncode < 0
     files = [originals()["png"], mutant(16006)[1], originals()["mp4"]]
     for policy in ("decord+pyav", "decord"):
-        workshop = ContainedWorkshop(DecodeOptions((InputSpec(32, 32),), policy))
-        first, damaged, last = (one.outcome for one in workshop.carry_out([(ORDER, d) for d in files]))
+        decoder = ContainedDecoder(DecodeOptions((InputSpec(32, 32),), policy))
+        first, damaged, last = (one.outcome for one in decoder.decode([(REQUEST, d) for d in files]))
         assert isinstance(first, DecodedImage)
         assert isinstance(last, DecodedVideo)
-        workshop.process.close()
+        decoder.process.close()
         if policy == "decord":
             assert isinstance(damaged, SampleError)
             assert (damaged.code, damaged.attempts) == ("decoder_crashed", 2)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from featurex_ray.errors import SampleError
-from featurex_ray.media.contained import ContainedWorkshop
-from featurex_ray.media.order import DecodeOptions, Order, OwnProcess, Workshop
+from featurex_ray.media.contained import ContainedDecoder
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import DecodeOptions, InProcessDecoder, SampleDecoder, SampleRequest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest
 from featurex_ray.storage import Fetcher, ReadPolicy
@@ -23,7 +23,7 @@ from tests.hostile.mutants import originals
 from tests.hostile.playlists import HLS, TEXTS, hostile_files
 
 OPTIONS = DecodeOptions((InputSpec(32, 32),))
-ORDER = Order(ClipRequest(Sampling("uniform", 2)))
+REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 2)))
 
 
 class Listener:
@@ -80,17 +80,17 @@ def canary(tmp_path: Path) -> Canary:
 
 
 @pytest.fixture(params=["process", "none"])
-def workshop(request: pytest.FixtureRequest) -> Iterator[Workshop]:
+def decoder(request: pytest.FixtureRequest) -> Iterator[SampleDecoder]:
     if request.param == "none":
-        yield OwnProcess(OPTIONS)
+        yield InProcessDecoder(OPTIONS)
         return
-    made = ContainedWorkshop(OPTIONS)
+    made = ContainedDecoder(OPTIONS)
     yield made
     made.process.close()
 
 
 def test_nothing_else_is_opened(
-    workshop: Workshop, listener: Listener, canary: Canary, tmp_path: Path
+    decoder: SampleDecoder, listener: Listener, canary: Canary, tmp_path: Path
 ) -> None:
     """Under the names of media, through the fetcher, as a run does it."""
     files = dict(hostile_files(listener.url, str(canary.path)))
@@ -101,7 +101,7 @@ def test_nothing_else_is_opened(
         paths[-1].write_bytes(data)
     with Fetcher(ReadPolicy(str(tmp_path / "m.csv"))) as fetcher:
         media = [fetcher.fetch(str(path)).data for path in paths]
-    outcomes = [done.outcome for done in workshop.carry_out([(ORDER, data) for data in media])]
+    outcomes = [done.outcome for done in decoder.decode([(REQUEST, data) for data in media])]
     codes = dict(zip(files, outcomes, strict=True))
     for name in files:
         if name.partition(",")[0] in TEXTS:
@@ -109,7 +109,7 @@ def test_nothing_else_is_opened(
             assert isinstance(outcome, SampleError), name
             assert outcome.code == "unsupported_container", name
     assert (listener.connections, canary.opened()) == (0, 0)
-    report(f"M5 {type(workshop).__name__}", files=len(files), connections=0, opened=0)
+    report(f"M5 {type(decoder).__name__}", files=len(files), connections=0, opened=0)
     assert len(files) >= 60
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import DecodeError, SampleError
-from featurex_ray.media.contained import ContainedWorkshop
+from featurex_ray.media.contained import ContainedDecoder
 from featurex_ray.media.image import DecodedImage
-from featurex_ray.media.order import DecodeOptions, Done, Order, OwnProcess
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import Decoded, DecodeOptions, InProcessDecoder, SampleRequest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import Clip, ClipRequest, DecodedVideo
 from featurex_ray.storage import Fetcher, ReadPolicy
@@ -23,24 +23,24 @@ from tests.media.barcode import encoded, film, photograph
 from tests.media.test_video import FILMS, media
 
 OPTIONS = DecodeOptions((InputSpec(48, 64), InputSpec(32, 32, resize=40)))
-ORDER = Order(ClipRequest(Sampling("uniform", 5)))
+REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 5)))
 ORDERS = [
-    ORDER,
-    Order(ClipRequest(Sampling("every", 3), clip_seconds=0.5)),
-    Order(ORDER.request, cut=True),
-    Order(ORDER.request, "image"),
+    REQUEST,
+    SampleRequest(ClipRequest(Sampling("every", 3), clip_seconds=0.5)),
+    SampleRequest(REQUEST.video, cut=True),
+    SampleRequest(REQUEST.video, "image"),
 ]
 DEFECTIVE = "tests.hostile.decoders:DefectiveDecoder"
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Iterator[ContainedWorkshop]:
-    made = ContainedWorkshop(OPTIONS)
+def decoder() -> Iterator[ContainedDecoder]:
+    made = ContainedDecoder(OPTIONS)
     yield made
     made.process.close()
 
 
-def assert_same(one: Done, other: Done) -> None:
+def assert_same(one: Decoded, other: Decoded) -> None:
     assert type(one.outcome) is type(other.outcome)
     if isinstance(one.outcome, SampleError):
         assert str(one.outcome) == str(other.outcome)
@@ -74,63 +74,66 @@ def mixed() -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "order",
+    "asked",
     [
-        ORDER,
-        Order(ClipRequest(Sampling("every", 3), clip_seconds=0.5)),
-        Order(ORDER.request, cut=True),
-        Order(ORDER.request, "image"),
+        REQUEST,
+        SampleRequest(ClipRequest(Sampling("every", 3), clip_seconds=0.5)),
+        SampleRequest(REQUEST.video, cut=True),
+        SampleRequest(REQUEST.video, "image"),
     ],
 )
-def test_it_equals_decoding_here(workshop: ContainedWorkshop, order: Order) -> None:
-    orders = [(order, data) for data in mixed()]
-    for one, other in zip(workshop.carry_out(orders), OwnProcess(OPTIONS).carry_out(orders), strict=True):
+def test_it_equals_decoding_here(decoder: ContainedDecoder, asked: SampleRequest) -> None:
+    requests = [(asked, data) for data in mixed()]
+    for one, other in zip(decoder.decode(requests), InProcessDecoder(OPTIONS).decode(requests), strict=True):
         assert_same(one, other)
         assert 0 <= one.seconds < 60
 
 
-def test_clips_of_a_unit(workshop: ContainedWorkshop) -> None:
-    orders = [
-        (Order(ClipRequest(Sampling("uniform", 2), clip_seconds=0.4), clips=range(2, 4)), media("h264.mp4"))
+def test_clips_of_a_unit(decoder: ContainedDecoder) -> None:
+    requests = [
+        (
+            SampleRequest(ClipRequest(Sampling("uniform", 2), clip_seconds=0.4), clips=range(2, 4)),
+            media("h264.mp4"),
+        )
     ]
-    (one,), (other,) = workshop.carry_out(orders), OwnProcess(OPTIONS).carry_out(orders)
+    (one,), (other,) = decoder.decode(requests), InProcessDecoder(OPTIONS).decode(requests)
     assert_same(one, other)
     assert isinstance(one.outcome, DecodedVideo)
     assert [clip.clip_index for clip in one.outcome.clips] == [2, 3]
 
 
-def test_many_results_go_through_a_small_outbox(workshop: ContainedWorkshop) -> None:
+def test_many_results_go_through_a_small_outbox(decoder: ContainedDecoder) -> None:
     large = DecodeOptions((InputSpec(1024, 1024),))
-    contained = ContainedWorkshop(large)
-    orders = [(ORDER, encoded(photograph(64 + n, 64), "PNG")) for n in range(50)]  # 157 MB of frames
-    for one, other in zip(contained.carry_out(orders), OwnProcess(large).carry_out(orders), strict=True):
+    contained = ContainedDecoder(large)
+    requests = [(REQUEST, encoded(photograph(64 + n, 64), "PNG")) for n in range(50)]  # 157 MB of frames
+    for one, other in zip(contained.decode(requests), InProcessDecoder(large).decode(requests), strict=True):
         assert_same(one, other)
     contained.process.close()
 
 
-def test_large_media_go_by_descriptor_or_copy(workshop: ContainedWorkshop, tmp_path: Path) -> None:
+def test_large_media_go_by_descriptor_or_copy(decoder: ContainedDecoder, tmp_path: Path) -> None:
     data = media("h264.mp4") + (40 << 20).to_bytes(4, "big") + b"free" + bytes((40 << 20) - 8)
     (tmp_path / "large.mp4").write_bytes(data)
     with Fetcher(ReadPolicy(str(tmp_path / "m.csv"))) as fetcher:
         mapped = fetcher.fetch(str(tmp_path / "large.mp4")).data
     assert not isinstance(mapped, bytes)
     assert mapped.descriptor > 2
-    small = OwnProcess(OPTIONS).carry_out([(ORDER, media("h264.mp4"))])
+    small = InProcessDecoder(OPTIONS).decode([(REQUEST, media("h264.mp4"))])
     for form in (mapped, data):
-        assert_same(workshop.carry_out([(ORDER, b""), (ORDER, form), (ORDER, b"")])[1], small[0])
+        assert_same(decoder.decode([(REQUEST, b""), (REQUEST, form), (REQUEST, b"")])[1], small[0])
 
 
 def good(count: int) -> list[bytes]:
     return [encoded(photograph(50 + n, 50), "PNG") for n in range(count)]
 
 
-def outcomes(contained: ContainedWorkshop, files: Sequence[bytes]) -> list[Done]:
-    return contained.carry_out([(ORDER, data) for data in files])
+def outcomes(contained: ContainedDecoder, files: Sequence[bytes]) -> list[Decoded]:
+    return contained.decode([(REQUEST, data) for data in files])
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_stays_with_its_file(defect: bytes) -> None:
-    contained = ContainedWorkshop(OPTIONS, limits=ProcessLimits(item_seconds=0.5), handler=DEFECTIVE)
+    contained = ContainedDecoder(OPTIONS, limits=ProcessLimits(item_seconds=0.5), handler=DEFECTIVE)
     files = good(20)
     undisturbed = outcomes(contained, files)
     files[3] += defect
@@ -150,7 +153,7 @@ def test_a_defect_stays_with_its_file(defect: bytes) -> None:
 
 
 def test_a_crash_costs_little() -> None:
-    contained = ContainedWorkshop(OPTIONS, handler=DEFECTIVE)
+    contained = ContainedDecoder(OPTIONS, handler=DEFECTIVE)
     outcomes(contained, good(1))
     start = time.monotonic()
     done = outcomes(contained, [data + b"DEFECT:segv" for data in good(20)])
@@ -193,14 +196,14 @@ FORGERIES = [
 
 
 @pytest.fixture(scope="module")
-def forger() -> Iterator[ContainedWorkshop]:
-    made = ContainedWorkshop(OPTIONS, handler="tests.hostile.decoders:Forger")
+def forger() -> Iterator[ContainedDecoder]:
+    made = ContainedDecoder(OPTIONS, handler="tests.hostile.decoders:Forger")
     yield made
     made.process.close()
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_what_cannot_be_true_fails(forger: ContainedWorkshop, forgery: str) -> None:
+def test_what_cannot_be_true_fails(forger: ContainedDecoder, forgery: str) -> None:
     (done,) = outcomes(forger, [forgery.encode()])
     assert isinstance(done.outcome, DecodeError)
     assert done.outcome.code == "decoder_crashed"
@@ -209,24 +212,24 @@ def test_what_cannot_be_true_fails(forger: ContainedWorkshop, forgery: str) -> N
     assert str(after.outcome) == "truncated: text"
 
 
-def forged_units(forger: ContainedWorkshop, text: str) -> Any:
-    return forger.carry_out([(Order(ORDER.request, cut=True), text.encode())])[0].outcome
+def forged_units(forger: ContainedDecoder, text: str) -> Any:
+    return forger.decode([(SampleRequest(REQUEST.video, cut=True), text.encode())])[0].outcome
 
 
-def test_units_that_cannot_be_true_fail(forger: ContainedWorkshop) -> None:
+def test_units_that_cannot_be_true_fail(forger: ContainedDecoder) -> None:
     assert forged_units(forger, '["units", [[0, 2], [2, 5]], 0.1]') == [range(2), range(2, 5)]
     for bounds in ("[[1, 2]]", "[[0, 2], [3, 4]]", "[[0, 0]]", "[[0, 2, 3]]", "[[0, 1.5]]", "[0, 1]"):
         assert isinstance(forged_units(forger, f'["units", {bounds}, 0.1]'), DecodeError)
 
 
-def test_film_of_no_frames(workshop: ContainedWorkshop) -> None:
-    asked = Order(ClipRequest(Sampling("uniform", 2), start_seconds=1000))
-    (done,) = workshop.carry_out([(asked, film("mp4", "mpeg4", num_frames=2))])
+def test_film_of_no_frames(decoder: ContainedDecoder) -> None:
+    asked = SampleRequest(ClipRequest(Sampling("uniform", 2), start_seconds=1000))
+    (done,) = decoder.decode([(asked, film("mp4", "mpeg4", num_frames=2))])
     assert isinstance(done.outcome, DecodeError)
     assert done.outcome.code == "no_frames"
 
 
-def test_the_template_has_one_thread(workshop: ContainedWorkshop) -> None:
-    workshop.carry_out([(ORDER, good(1)[0])])
-    template = Path(f"/proc/{workshop.process.child_pid}/status").read_text().split("PPid:")[1].split()[0]
+def test_the_template_has_one_thread(decoder: ContainedDecoder) -> None:
+    decoder.decode([(REQUEST, good(1)[0])])
+    template = Path(f"/proc/{decoder.process.child_pid}/status").read_text().split("PPid:")[1].split()[0]
     assert len(list(Path(f"/proc/{template}/task").iterdir())) == 1

@@ -11,8 +11,8 @@ from PIL import Image
 from featurex_ray.errors import DecodeError, SampleError
 from featurex_ray.media.image import decode_image, set_bomb_check
 from featurex_ray.media.limits import MediaLimits
-from featurex_ray.media.order import DecodeOptions, Order, Partial, carry_out
 from featurex_ray.media.preprocess import InputSpec
+from featurex_ray.media.request import DecodeOptions, Partial, SampleRequest, decode_sample
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, decode_video, plan_clips
 from tests.media.barcode import encoded, film, photograph
@@ -60,7 +60,7 @@ def test_a_large_picture_inside_an_icon_fails() -> None:
     entry = bytes([16, 16, 0, 0, 1, 0, 32, 0]) + len(inner).to_bytes(4, "little") + (22).to_bytes(4, "little")
     icon = bytes([0, 0, 1, 0, 1, 0]) + entry + inner
     options = DecodeOptions((INPUT,), limits=MediaLimits(max_pixels=1_000_000))
-    outcome = carry_out(Order(REQUEST), icon, options).outcome
+    outcome = decode_sample(SampleRequest(REQUEST), icon, options).outcome
     assert isinstance(outcome, SampleError)
     assert outcome.code == "too_large"
 
@@ -90,8 +90,8 @@ def test_alpha_and_16_bits_in_bands_equal_the_whole(monkeypatch: pytest.MonkeyPa
 def test_partial(partial: Partial, ok: bool, cut: bool) -> None:
     options = DecodeOptions((INPUT,), partial=partial)
     data = media("mpeg4.avi")
-    assert not isinstance(carry_out(Order(REQUEST, cut=cut), data, options).outcome, SampleError)
-    outcome = carry_out(Order(REQUEST, cut=cut), data[: len(data) * 2 // 3], options).outcome
+    assert not isinstance(decode_sample(SampleRequest(REQUEST, cut=cut), data, options).outcome, SampleError)
+    outcome = decode_sample(SampleRequest(REQUEST, cut=cut), data[: len(data) * 2 // 3], options).outcome
     assert isinstance(outcome, SampleError) != ok
     if isinstance(outcome, SampleError):
         assert (outcome.code, "--partial use" in outcome.message) == ("truncated", True)

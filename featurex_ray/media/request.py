@@ -35,18 +35,18 @@ class DecodeOptions:
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleRequest:
     """What is wanted of one sample.
 
     Args:
-        request: Which clips and frames, if it is a video.
+        video: Which clips and frames, if it is a video.
         media_type: `image` or `video` where the manifest says so; bytes of the other are a failure.
         clips: Of all the video's clips, those to decode; None for all.
         cut: Don't decode: say how a video is cut into units.
         policy: Which video decoder, if not that of all others.
     """
 
-    request: ClipRequest
+    video: ClipRequest
     media_type: str | None = None
     clips: range | None = None
     cut: bool = False
@@ -54,21 +54,21 @@ class Order:
 
 
 Outcome = DecodedImage | DecodedVideo | list[range] | SampleError
-"""Units where `Order.cut` asked for them; an image is not cut, and has none."""
+"""Units where `SampleRequest.cut` asked for them; an image is not cut, and has none."""
 
 
-class Done(NamedTuple):
-    """What became of an order, and the seconds that it took."""
+class Decoded(NamedTuple):
+    """What became of a request, and the seconds that it took."""
 
     outcome: Outcome
     seconds: float
 
 
-class Workshop(Protocol):
-    """Who carries out orders."""
+class SampleDecoder(Protocol):
+    """Decodes samples, in this process or another."""
 
-    def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
-        """Carry out orders on their bytes, in order; a failure is an outcome too."""
+    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
+        """Decode requests' bytes, in order; a failure is an outcome too."""
         ...
 
     def peak_bytes(self) -> int:
@@ -76,49 +76,49 @@ class Workshop(Protocol):
         ...
 
 
-class OwnProcess:
-    """Carries out orders here: for media that are trusted not to bring their decoder down."""
+class InProcessDecoder:
+    """Decodes here: for media that are trusted not to bring their decoder down."""
 
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         set_bomb_check(options.limits)
 
-    def carry_out(self, orders: Sequence[tuple[Order, Buffer]]) -> list[Done]:
-        """See `Workshop`."""
-        return [carry_out(order, data, self._options) for order, data in orders]
+    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
+        """See `SampleDecoder`."""
+        return [decode_sample(request, data, self._options) for request, data in requests]
 
     def peak_bytes(self) -> int:
-        """See `Workshop`."""
+        """See `SampleDecoder`."""
         return 0
 
 
-def carry_out(order: Order, data: Buffer, options: DecodeOptions) -> Done:
-    """Carry out one order; whatever goes wrong is its outcome."""
+def decode_sample(request: SampleRequest, data: Buffer, options: DecodeOptions) -> Decoded:
+    """Decode one sample; whatever goes wrong is its outcome."""
     start = time.perf_counter()
     try:
-        outcome = _outcome(order, data, options)
+        outcome = _outcome(request, data, options)
     except SampleError as error:
         outcome = error
     except MemoryError as error:
         outcome = DecodeError("too_large", f"out of memory {error}".rstrip())
     except Exception as error:  # noqa: BLE001  the one boundary: a sample's failure becomes a row
         outcome = DecodeError("decoder_error", f"{type(error).__name__}: {error}")
-    return Done(outcome, time.perf_counter() - start)
+    return Decoded(outcome, time.perf_counter() - start)
 
 
-def _outcome(order: Order, data: Buffer, options: DecodeOptions) -> Outcome:
-    if _media_type(order, data) == "image":
-        return [] if order.cut else decode_image(data, inputs=options.inputs, limits=options.limits)
-    if order.cut:
-        plan = plan_clips(data, order.request, limits=options.limits)
+def _outcome(request: SampleRequest, data: Buffer, options: DecodeOptions) -> Outcome:
+    if _media_type(request, data) == "image":
+        return [] if request.cut else decode_image(data, inputs=options.inputs, limits=options.limits)
+    if request.cut:
+        plan = plan_clips(data, request.video, limits=options.limits)
         _check_complete(plan.complete, options)
         return cut_units(plan, options.inputs)
     video = decode_video(
         data,
-        order.request,
+        request.video,
         inputs=options.inputs,
-        clips=order.clips,
-        policy=order.policy or options.policy,
+        clips=request.clips,
+        policy=request.policy or options.policy,
         limits=options.limits,
     )
     _check_complete(video.complete, options)
@@ -133,11 +133,11 @@ def _check_complete(complete: bool, options: DecodeOptions) -> None:
         )
 
 
-def _media_type(order: Order, data: Buffer) -> str:
+def _media_type(request: SampleRequest, data: Buffer) -> str:
     """What the bytes are; a manifest that says otherwise is wrong about this sample."""
     found = sniff(data).media_type
-    if order.media_type is not None and order.media_type != found:
+    if request.media_type is not None and request.media_type != found:
         raise ProbeError(
-            "media_type_mismatch", f"the manifest says {order.media_type}, the bytes are of a {found}"
+            "media_type_mismatch", f"the manifest says {request.media_type}, the bytes are of a {found}"
         )
     return found
