@@ -29,6 +29,7 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
         self.drops_conditions = False
+        self.forbids_deletes = False
         self.away = False
         self.counts: Counter[str] = Counter()
         self.timeout_seconds = 0.5
@@ -81,7 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.counts["requests"] += 1
         if fault:
             self.server.counts[fault] += 1
-        if fault == "lost request":
+        if self.server.forbids_deletes and (self.command == "DELETE" or self.path.endswith("?delete")):
+            self._refuse(403)
+        elif fault == "lost request":
             self._hang_up()
         elif fault in ("503", "409"):
             self._refuse(int(fault))
@@ -116,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _refuse(self, status: int) -> None:
-        code = {503: "SlowDown", 409: "ConditionalRequestConflict"}[status]
+        code = {403: "AccessDenied", 503: "SlowDown", 409: "ConditionalRequestConflict"}[status]
         body = f"<Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

@@ -7,11 +7,12 @@ from pathlib import Path
 import botocore.session
 import pytest
 
-from featurex_ray.errors import RunError, StoreRefusedError
+from featurex_ray.errors import RequestError, RunError, StoreRefusedError
 from featurex_ray.pipeline import doctor
 from featurex_ray.pipeline.doctor import Check, examine, raise_if_failed
+from featurex_ray.table.probe import probe_store
 from featurex_ray.table.store import open_store
-from tests.faults.proxy import careless_proxy
+from tests.faults.proxy import Proxy, careless_proxy, running
 
 
 def verdicts(checks: list[Check]) -> dict[str, str]:
@@ -63,6 +64,20 @@ def test_versioning_is_noted(s3_root: str, s3_server: str) -> None:
     bucket = s3_root.split("/")[2]
     client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     assert verdicts(list(examine(s3_root)))["versioning"] == "note"
+
+
+def test_a_bucket_without_the_right_to_delete_fails(
+    s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Proxy(s3_server)
+    proxy.forbids_deletes = True
+    with running(proxy):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        access = next(check for check in examine(s3_root) if check.name == "access")
+        assert access.verdict == "FAIL"
+        assert "delet" in access.detail.lower()
+        with pytest.raises(RequestError, match=r"(?i)delet"):
+            probe_store(open_store(s3_root))
 
 
 @pytest.mark.parametrize(
