@@ -31,6 +31,7 @@ from featurex_ray.media.request import (
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline import metrics
+from featurex_ray.pipeline.threads import limit_threads
 from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, peak_bytes, to_table
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
 
@@ -179,6 +180,7 @@ class DecodeMedia:
     """Units -> units with frames. Safe to call from two threads: one fetches, one decodes."""
 
     def __init__(self, settings: DecodeSettings) -> None:
+        limit_threads(1)  # one thread decodes, in the child; what is done here is little
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
         self._schema = decoded_schema(len(settings.inputs))

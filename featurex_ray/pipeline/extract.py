@@ -13,6 +13,7 @@ from featurex_ray.errors import ExtractError
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.pipeline import metrics
+from featurex_ray.pipeline.threads import limit_threads
 from featurex_ray.pipeline.units import COSTS, CUT, MEDIA, error_struct, extracted_schema, peak_bytes
 
 if TYPE_CHECKING:
@@ -47,12 +48,10 @@ class ExtractFeatures:
         # torch is loaded here, in the actor: the driver names this class and needs none of it.
         from featurex_ray.models.embed import Embedder
 
+        limit_threads(max(s.num_threads for s in settings), with_torch=True)
         self._settings = settings
         self._embedders = [
-            Embedder(
-                s.resolved, precision=s.precision, batch_frames=s.batch_frames, num_threads=s.num_threads
-            )
-            for s in settings
+            Embedder(s.resolved, precision=s.precision, batch_frames=s.batch_frames) for s in settings
         ]
         self._schema = extracted_schema(len(settings))
         self._idle_since = time.perf_counter()

@@ -46,6 +46,7 @@ from featurex_ray.pipeline.preflight import ask_nodes
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
 from featurex_ray.pipeline.source import Assignment, slices_of
+from featurex_ray.pipeline.threads import threads_of
 from featurex_ray.storage import ReadPolicy, redact
 from featurex_ray.table.facts import TableFacts, read_facts
 from featurex_ray.table.log import Plan
@@ -446,7 +447,7 @@ def _work(
             input_index=inputs.index(resolved.spec.input),
             precision=tables[index].facts.extractor["precision"],
             batch_frames=request.job.batch_size,
-            num_threads=max(round(deployment.extract.num_cpus), 1),
+            num_threads=threads_of(deployment.extract.num_cpus),
             assignments=frozenset(n for n, a in enumerate(assignments) if index in a.plans),
         )
         for index, resolved in enumerate(request.extractors)
