@@ -1,6 +1,7 @@
 """What each training worker runs: its share of the decoded samples, epochs, a state after each of them."""
 
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class LoopSetup:
 def train_loop(config: dict[str, LoopSetup]) -> None:
     """The function that Ray Train runs in every worker."""
     setup = config["setup"]
-    torch.set_num_threads(setup.threads)
+    # Ray's CPUs are a count; more threads than this process may run at once only wait for each other.
+    torch.set_num_threads(min(setup.threads, len(os.sched_getaffinity(0))))
     torch.backends.cudnn.allow_tf32 = False
     context = ray.train.get_context()
     teller = _Teller(setup.news, is_first=context.get_world_rank() == 0)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import featurex_ray as fx
 from featurex_ray.errors import RequestError, RunError
@@ -134,8 +136,16 @@ def test_two_workers_train_together(pictures: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_good_weights(
     pictures: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"no number any more at step \d+ .*lower --lr"):
-        train(job(pictures, tmp_path / "out", lr=1e18, schedule="constant", warmup=0.9, epochs=6))
+    """One step an epoch, at rates that rise until the scores overflow."""
+    wild = {"lr": 1e3, "batch_size": 36, "schedule": "constant", "warmup": 0.9, "epochs": 8}
+    with pytest.raises(RunError, match=r"no number any more at step \d+ .*lower --lr") as raised:
+        train(job(pictures, tmp_path / "out", **wild))
+    kept = re.search(r"the weights of epoch (\d+) are kept", str(raised.value))
+    assert kept is not None
+    card = read_card(str(tmp_path / "out/weights.safetensors"))
+    assert 1 <= card["metrics"]["epoch"] == int(kept[1]) < 8
+    stored = safetensors.numpy.load_file(tmp_path / "out/weights.safetensors")
+    assert all(np.isfinite(values).all() for values in stored.values())
 
 
 @pytest.mark.long
