@@ -69,8 +69,8 @@ def resolve(text: str, *, weights: str | None = None) -> ResolvedExtractor:
             "torchvision/resnet18", or "my_package.module:MyExtractor".
         weights: The URI of a safetensors file with all the extractor's tensors, or those of its
             torchvision backbone (the rest is then seeded); `#sha256=<hex>` pins it. "none" for
-            seeded weights. By default the bundled weights of `attention_convnet` and `cnn_lstm`
-            (seeded until there are any), and torchvision's for all else.
+            seeded weights. By default the bundled weights of `attention_convnet` and `cnn_lstm` with
+            their default options, and torchvision's for all else.
 
     Raises:
         ExtractorError: an unknown name, or options that it doesn't take.

@@ -17,6 +17,7 @@ from featurex_ray.models import torchvision_zoo, weights
 from featurex_ray.models.attention_convnet import AttentionConvNet
 from featurex_ray.models.build import build, save_weights
 from featurex_ray.models.registry import resolve
+from featurex_ray.models.weights import read_card
 
 SMALL = "squeezenet1_1"
 
@@ -72,9 +73,18 @@ def test_seeded_weights_do_not_depend_on_global_state() -> None:
 
 def test_seeded_weights_are_marked() -> None:
     for name in ("attention_convnet", "cnn_lstm"):
-        resolved = resolve(name)
-        if resolved.weights is None:
-            assert resolved.spec.to_json()["weights"] == "none"
+        assert resolve(name, weights="none").spec.to_json()["weights"] == "none"
+    # Bundled weights are those of the default options.
+    assert resolve("attention_convnet,attention=no").spec.to_json()["weights"] == "none"
+
+
+@pytest.mark.parametrize("name", ["attention_convnet", "cnn_lstm"])
+def test_bundled_weights_have_a_card_and_are_small(name: str) -> None:
+    spec = resolve(name).spec
+    card = read_card(name)
+    assert (spec.text, spec.weights.sha256) == (card["extractor"], card["sha256"])
+    assert spec.weights.seeded == ()
+    assert (weights.BUNDLED / f"{name}.safetensors").stat().st_size < 12 * 2**20
 
 
 @pytest.mark.parametrize("text", [f"torchvision/{SMALL}", f"attention_cnn,backbone={SMALL}"])

@@ -68,7 +68,8 @@ def test_images_become_a_table_that_other_tools_read(photos: Path, tmp_path: Pat
     assert pl.scan_parquet(glob, hive_partitioning=True).collect()["dataset"].to_list() == ["photos"] * 12
     (file,) = (tmp_path / "out/attention_convnet/dataset=photos").iterdir()
     spec = json.loads(pq.read_metadata(file).metadata[b"featurex.extractor"])
-    assert (spec["name"], spec["weights"], spec["precision"]) == ("attention_convnet", "none", "fp32")
+    assert (spec["name"], spec["precision"]) == ("attention_convnet", "fp32")
+    assert spec["weights"]["source"] == "bundled attention_convnet.safetensors"
 
 
 def test_a_second_run_does_nothing_and_reads_no_media(photos: Path, tmp_path: Path) -> None:
