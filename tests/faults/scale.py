@@ -13,10 +13,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from featurex_ray.job import ExtractionJob
 
 ROWS_PER_FILE = 500_000
 EXTRACTOR = "attention_convnet"
@@ -48,19 +52,23 @@ def memory_mib(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
+def job_of(folder: Path) -> "ExtractionJob":
+    from featurex_ray.job import ExtractionJob
+
+    return ExtractionJob(
+        manifest=f"{folder}/manifest", output=f"{folder}/out", extractor=EXTRACTOR, precision="fp32"
+    )
+
+
 def plan(folder: Path) -> None:
     """From the manifest to plans; on a table that has them already, to the first tasks of a resume."""
-    from featurex_ray.job import ExtractionJob
     from featurex_ray.pipeline.claims import Claims
     from featurex_ray.pipeline.run import _open_table, _todo, prepare
     from featurex_ray.pipeline.source import Assignment, slices_of
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of imports
     before, start = memory_mib("VmRSS"), time.monotonic()
-    job = ExtractionJob(
-        manifest=f"{folder}/manifest", output=f"{folder}/out", extractor=EXTRACTOR, precision="fp32"
-    )
-    request = prepare(job)
+    request = prepare(job_of(folder))
     read = time.monotonic() - start
     table = _open_table(request, 0)
     plans = table.plan(request.manifest.batches, run_id="scale")
@@ -89,13 +97,9 @@ def plan(folder: Path) -> None:
 
 def plan_rest(folder: Path) -> None:
     """Every plan of the manifest, as a run has made them once it works on its last samples."""
-    from featurex_ray.job import ExtractionJob
     from featurex_ray.pipeline.run import _open_table, prepare
 
-    job = ExtractionJob(
-        manifest=f"{folder}/manifest", output=f"{folder}/out", extractor=EXTRACTOR, precision="fp32"
-    )
-    request = prepare(job)
+    request = prepare(job_of(folder))
     table = _open_table(request, 0)
     plans = table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40)
     print(json.dumps({"plans": len(plans)}))
@@ -104,13 +108,9 @@ def plan_rest(folder: Path) -> None:
 def stage_all(folder: Path) -> None:
     """Publishes every sample with made-up features, as if a run had done it."""
     from featurex_ray import schemas
-    from featurex_ray.job import ExtractionJob
     from featurex_ray.pipeline.run import _open_table, prepare
 
-    job = ExtractionJob(
-        manifest=f"{folder}/manifest", output=f"{folder}/out", extractor=EXTRACTOR, precision="fp32"
-    )
-    request = prepare(job)
+    request = prepare(job_of(folder))
     table = _open_table(request, 0)
     for one in table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40):
         ids = table.read_plan(one)["sample_id"]
