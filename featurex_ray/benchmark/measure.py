@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,13 +177,15 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
     with tempfile.TemporaryDirectory(prefix="featurex-benchmark-") as name:
         folder = Path(name)
         pieces = Pieces.of(settings.media, folder)
+        if settings.latency_ms and pieces.prefix is None:
+            raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
         result = _alone(settings, pieces, folder)
         say(result.lines()[1].strip())
         if settings.with_ray:
-            result.contenders = _contenders(settings, result)
+            result.contenders = _contenders(settings, result, pieces)
             _race(result.contenders, settings, pieces, folder, say)
         if settings.with_ray and settings.latency_ms:
-            result.slow = _from_slow_s3(settings, pieces, folder, say)
+            result.slow = _from_slow_s3(settings, result.precision, pieces, folder, say)
     return result
 
 
@@ -197,18 +198,13 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
     costs = measure_alone(
         planned(manifest, count),
         extractors,
-        policy=ReadPolicy(str(manifest), allow_prefixes=(_prefix(settings.media),)),
+        policy=ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ()),
         sampling=settings.sampling or extractors[0].spec.default_sampling,
         precision=precision,
         device=settings.device,
         batch_size=settings.batch_size,
     )
     return Benchmark(settings, precision, _num_cpus(settings), costs)
-
-
-def _prefix(media: str) -> str:
-    """What the runs may read: where the media lie."""
-    return media if "://" in media else str(Path(media).resolve())
 
 
 def _num_cpus(settings: Settings) -> int:
@@ -224,11 +220,11 @@ def _num_cpus(settings: Settings) -> int:
         return int(ray.cluster_resources().get("CPU", 1))
 
 
-def _contenders(settings: Settings, result: Benchmark) -> list[Contender]:
+def _contenders(settings: Settings, result: Benchmark, pieces: Pieces) -> list[Contender]:
     peers = PEER_NAMES if settings.compare else ()
     extractor, weights = next(iter(_weights(settings).items()))
     return [
-        ours(_options(settings, result.precision, _prefix(settings.media))),
+        ours(_options(settings, result.precision, pieces)),
         *(peer(name, extractor, weights, result.num_cpus) for name in peers),
     ]
 
@@ -244,7 +240,7 @@ def _weights(settings: Settings) -> dict[str, str]:
     return {name: job.weights_of(name) or NO_WEIGHTS for name in settings.extractors}
 
 
-def _options(settings: Settings, precision: str, prefix: str) -> list[str]:
+def _options(settings: Settings, precision: str, pieces: Pieces) -> list[str]:
     """Of `featurex extract`."""
     several = len(settings.extractors) > 1
     options: list[tuple[str, Any]] = [
@@ -254,7 +250,7 @@ def _options(settings: Settings, precision: str, prefix: str) -> list[str]:
         ("precision", precision),
         ("batch-size", settings.batch_size),
         ("address", settings.address),
-        ("allow-prefix", prefix),
+        ("allow-prefix", pieces.prefix),
         ("max-failure-rate", 1),
     ]
     return [word for name, value in options if value is not None for word in (f"--{name}", str(value))]
@@ -276,23 +272,23 @@ def _race(
             say(f"run {repeat + 1} of {settings.repeats}, {each.name}: {took}")
 
 
-def _from_slow_s3(settings: Settings, pieces: Pieces, folder: Path, say: Say) -> list[Contender]:
-    if "uri" not in pieces.rows.column_names:
-        raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
+def _from_slow_s3(
+    settings: Settings, precision: str, pieces: Pieces, folder: Path, say: Say
+) -> list[Contender]:
     found = []
-    with slow_s3() as proxy, _uploaded(pieces) as stored:
+    with slow_s3() as proxy:
+        stored = _uploaded(pieces)
         for delay in (0.0, settings.latency_ms / 1000):
             proxy.delay_seconds = delay
-            contender = ours(_options(settings, settings.precision, f"s3://{BUCKET}/"))
+            contender = ours(_options(settings, precision, stored))
             contender.name = f"from S3 with {1000 * delay:g} ms more"
             _race([contender], settings, stored, folder, say)
             found.append(contender)
     return found
 
 
-@contextmanager
-def _uploaded(pieces: Pieces) -> Iterator[Pieces]:
-    """The media in a bucket."""
+def _uploaded(pieces: Pieces) -> Pieces:
+    """The media in a bucket of the server that the environment names."""
     store = fsspec.filesystem("s3", skip_instance_cache=True)
     store.mkdir(BUCKET)
     uris = []
@@ -301,4 +297,4 @@ def _uploaded(pieces: Pieces) -> Iterator[Pieces]:
         with fsspec.open(uri) as media:
             store.pipe_file(key, media.read())
         uris.append(f"s3://{key}")
-    yield Pieces(pa.table({"uri": uris}))
+    return Pieces(pa.table({"uri": uris}))

@@ -1,5 +1,6 @@
 """The one piece of work that a benchmark gives to everybody: a manifest of so many samples."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 from featurex_ray.errors import RequestError
 from featurex_ray.manifest import build_manifest
 from featurex_ray.pipeline.units import PLANNED, to_table
+from featurex_ray.storage import resolve
 
 DATASET = "benchmark"
 
@@ -36,10 +38,30 @@ class Pieces:
             column = next((name for name in ("data", "uri") if name in names), None)
             if column is None:
                 raise RequestError(f"--media {media}: has neither a `data` nor a `uri` column")
-            return cls(pq.read_table(media, columns=[column]))
+            rows = pq.read_table(media, columns=[column])
+            if column == "uri":
+                uris = [resolve(uri, relative_to=media) for uri in rows["uri"].to_pylist()]
+                rows = pa.table({"uri": uris})
+            return cls(rows)
         listed = folder / "listed.parquet"
         build_manifest(media, str(listed), dataset=DATASET, labels=False)
         return cls(pq.read_table(listed, columns=["uri"]))
+
+    @property
+    def prefix(self) -> str | None:
+        """What a run over them must be allowed to read; None for inline media.
+
+        Raises:
+            RequestError: They have no folder in common.
+        """
+        if "uri" not in self.rows.column_names:
+            return None
+        # Cut at a slash below; `commonpath` would make s3:/ of s3://.
+        common = os.path.commonprefix(self.rows["uri"].to_pylist())  # noqa: RUF071
+        common = common.rpartition("/")[0]
+        if not common.strip("/") or common.endswith(":/"):
+            raise RequestError("the media to measure on lie in several stores: take one at a time")
+        return f"{common}/"
 
     def manifest(self, path: Path, num_samples: int) -> Path:
         """Writes a manifest of exactly so many samples."""

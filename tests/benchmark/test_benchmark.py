@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from featurex_ray.benchmark.alone import Costs, StageCost
 from featurex_ray.benchmark.contenders import Contender, Timed
@@ -52,6 +53,20 @@ def test_media_are_used_again_where_they_are_too_few(tmp_path: Path) -> None:
     manifest = pq.read_table(pieces.manifest(tmp_path / "m.parquet", 100))
     assert len(set(manifest["sample_id"].to_pylist())) == 100
     assert set(manifest["uri"].to_pylist()) == set(pieces.rows["uri"].to_pylist())
+
+
+def test_a_manifest_names_media_beside_it(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), (9, 80, 80)).save(tmp_path / "a.png")
+    pq.write_table(pa.table({"uri": ["a.png"]}), tmp_path / "m.parquet")
+    settings = Settings(str(tmp_path / "m.parquet"), extractors=["attention_convnet"], with_ray=False)
+    assert benchmark(settings, print).costs.samples == 1
+    assert Pieces.of(str(tmp_path / "m.parquet"), tmp_path).prefix == f"{tmp_path}/"
+
+
+def test_delayed_gets_of_inline_media_are_refused_before_any_run(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"data": [b"x"]}), tmp_path / "m.parquet")
+    with pytest.raises(RequestError, match="--latency-ms"):
+        benchmark(Settings(media=str(tmp_path / "m.parquet"), latency_ms=5.0), print)
 
 
 def test_a_manifest_without_media_is_refused(tmp_path: Path) -> None:
