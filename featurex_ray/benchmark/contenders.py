@@ -1,6 +1,7 @@
 """Timed runs, ours and the peers': each a fresh process on the same manifest, timed from outside."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -50,10 +51,13 @@ class Contender:
     @property
     def steady_rate(self) -> float:
         """Samples a second once it runs: what the large run did more than the small one, over the time
-        that it took longer. Start and end are in both, and cancel. The median of all repeats."""
+        that it took longer. Start and end are in both, and cancel. The median of all repeats; NaN where a
+        large run took no longer, so that nothing can be told."""
+        pairs = list(zip(self.small, self.large, strict=True))
+        if any(large.seconds <= small.seconds for small, large in pairs):
+            return math.nan
         return statistics.median(
-            (large.samples - small.samples) / (large.seconds - small.seconds)
-            for small, large in zip(self.small, self.large, strict=True)
+            (large.samples - small.samples) / (large.seconds - small.seconds) for small, large in pairs
         )
 
     @property
@@ -83,8 +87,9 @@ class Contender:
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
-        rates = {"steady_rate": self.steady_rate, "whole_rate": self.whole_rate}
-        return asdict(self) | rates | {"startup_seconds": self.startup_seconds}
+        rates = {"steady_rate": self.steady_rate, "startup_seconds": self.startup_seconds}
+        known = {name: None if math.isnan(value) else value for name, value in rates.items()}
+        return asdict(self) | known | {"whole_rate": self.whole_rate}
 
 
 def _report(output: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What `featurex benchmark` does: the stages alone, then whole runs, ours and whoever is compared."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,10 @@ class Benchmark:
         ]
         if not self.contenders:
             return [*lines, "  pipeline  not measured (--no-ray)"]
-        return [*lines, *self._our_lines(), *self._peer_lines(), *self._slow_lines()]
+        lines += [*self._our_lines(), *self._peer_lines(), *self._slow_lines()]
+        if any(math.isnan(each.steady_rate) for each in (*self.contenders, *self.slow)):
+            lines.append("  nan: a large run took no longer than its small one; give more --samples")
+        return lines
 
     def _our_lines(self) -> Iterator[str]:
         run = self.contenders[0]

@@ -1,6 +1,7 @@
 """What a benchmark counts, and that its peers do the same work."""
 
 import json
+import math
 import threading
 import time
 import urllib.request
@@ -39,6 +40,13 @@ def test_the_steady_rate_leaves_out_start_and_end() -> None:
     assert contender.steady_rate == pytest.approx(3000 / 30)
     assert contender.startup_seconds == pytest.approx(10.0)
     assert contender.whole_rate == pytest.approx(4000 / 50)
+
+
+def test_runs_too_short_to_tell_say_so() -> None:
+    contender = Contender("x", [], small=[Timed(10, 15.0)], large=[Timed(40, 14.0)])
+    assert math.isnan(contender.steady_rate)
+    told = contender.to_json()
+    assert (told["steady_rate"], told["startup_seconds"]) == (None, None)
 
 
 @pytest.mark.parametrize(("device", "bound"), [("cpu", 2 / 0.040), ("cuda:0", 1 / 0.030)])
