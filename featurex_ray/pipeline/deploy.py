@@ -169,10 +169,16 @@ class Pool:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The two actor pools of a run."""
+    """The two actor pools of a run.
+
+    Attributes:
+        may_shrink: Whether actors that wait for work are given up. On a cluster that can shrink they may
+            keep a node; elsewhere they keep nothing, and to start them anew takes seconds of CPU each.
+    """
 
     decode: Pool
     extract: Pool
+    may_shrink: bool = False
 
     @property
     def small_tasks(self) -> int:
@@ -226,14 +232,16 @@ def _with_gpus(
     cpus_each = min(1.0, to_reserve / (4 * extract.maximum))
     left = to_reserve - extract.maximum * cpus_each
     decode = _bounds(job.decode_actors, max(round(left), 1), most)
-    return Deployment(Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each))
+    pools = Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each)
+    return Deployment(*pools, may_shrink=bool(job.can_grow_to))
 
 
 def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> Deployment:
     decode = _bounds(job.decode_actors, num_cpus, most)
     extract = _bounds(job.extract_actors, num_cpus, most)
     each = min(to_reserve / (decode.maximum + extract.maximum), 1.0)
-    return Deployment(Pool(decode, each, 0.0), Pool(extract, each, 0.0))
+    pools = Pool(decode, each, 0.0), Pool(extract, each, 0.0)
+    return Deployment(*pools, may_shrink=bool(job.can_grow_to))
 
 
 def _bounds(asked: str | None, suggested: int, most: int) -> PoolSize:

@@ -134,6 +134,8 @@ def run_pipeline(work: Work, watched: Watched) -> Iterator[pa.Table]:
         RunError: A stage failed for good; the run can be run again.
     """
     configure(DataContext.get_current())
+    if not work.deployment.may_shrink:
+        DataContext.get_current().autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     watch(DataContext.get_current(), watched)
     try:
         yield from build_dataset(work).iter_batches(
