@@ -34,8 +34,11 @@ class MediaKind:
 
 VIDEOS = MediaKind(per_block=16, per_decode=1, per_actor=8)
 IMAGES = MediaKind(per_block=256, per_decode=64, per_actor=256)
-INLINE = MediaKind(per_block=1024, per_decode=1024, per_actor=4096)
+INLINE = MediaKind(per_block=2048, per_decode=2048, per_actor=4096)
 """Media that lie in the manifest are small."""
+
+BLOCK_BYTES = 48 << 20
+"""Of images' frames in a block, about; Ray Data handles blocks of up to 128 MB well."""
 
 BLOCKS_PER_CPU = 8
 """At least, where there are samples enough: the last blocks of a run must not leave CPUs idle."""
@@ -99,7 +102,12 @@ class BlockShape:
 
 
 def block_shape(
-    first: pa.RecordBatch, *, num_samples: int, windowed: bool, resources: dict[str, float]
+    first: pa.RecordBatch,
+    *,
+    num_samples: int,
+    windowed: bool,
+    resources: dict[str, float],
+    frame_bytes: int,
 ) -> BlockShape:
     """Choose the blocks' size. It changes no result, only how work spreads.
 
@@ -108,10 +116,12 @@ def block_shape(
         num_samples: Samples to do.
         windowed: Whether videos are cut; one of them is then a block's work.
         resources: As `cluster_resources` gives them.
+        frame_bytes: Of a preprocessed frame, in all the ways that the extractors want it.
     """
     kind = _kind(first)
+    fitting = kind.per_block if kind is VIDEOS else max(BLOCK_BYTES // frame_bytes, 1)
     spread = math.ceil(num_samples / (BLOCKS_PER_CPU * max(resources.get("CPU", 1), 1)))
-    samples = 1 if windowed and kind is VIDEOS else max(min(kind.per_block, spread), 1)
+    samples = 1 if windowed and kind is VIDEOS else max(min(kind.per_block, spread, fitting), 1)
     per_decode = min(kind.per_decode, samples)
     videos = VIDEOS_PER_EXTRACT[resources.get("GPU", 0) >= 1]
     per_extract = videos if kind is VIDEOS else max(per_decode, IMAGES.per_decode)

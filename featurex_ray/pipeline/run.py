@@ -420,11 +420,17 @@ def _work(
     cluster = cluster_resources(request.job)
     first = _some_samples(tables, assignments[0])
     windowed = request.job.clip_seconds is not None
-    shape = block_shape(first, num_samples=num_samples, windowed=windowed, resources=cluster)
+    inputs = tuple(dict.fromkeys(e.spec.input for e in request.extractors))
+    shape = block_shape(
+        first,
+        num_samples=num_samples,
+        windowed=windowed,
+        resources=cluster,
+        frame_bytes=sum(spec.frame_bytes for spec in inputs),
+    )
     slices = [
         part for number, mask in enumerate(todo) for part in slices_of(number, mask, num_rows=shape.samples)
     ]
-    inputs = tuple(dict.fromkeys(e.spec.input for e in request.extractors))
     most = most_actors(shape, num_samples=num_samples, windowed=windowed)
     deployment = deploy(request.job, cluster, most=most)
     decode = DecodeSettings(

@@ -50,7 +50,13 @@ def decoded_dataset(labelled: LabelledSamples, settings: DecodeSettings) -> Data
     resources = ray.cluster_resources()
     num_samples = len(labelled.samples)
     first = labelled.samples.to_batches()[0]
-    shape = block_shape(first, num_samples=num_samples, windowed=False, resources=resources)
+    shape = block_shape(
+        first,
+        num_samples=num_samples,
+        windowed=False,
+        resources=resources,
+        frame_bytes=sum(spec.frame_bytes for spec in settings.inputs),
+    )
     actors = min(
         max(int(resources.get("CPU", 1)), 1), most_actors(shape, num_samples=num_samples, windowed=False)
     )

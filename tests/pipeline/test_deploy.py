@@ -7,7 +7,16 @@ import pytest
 
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob, PoolSize
-from featurex_ray.pipeline.deploy import IMAGES, INLINE, VIDEOS, Deployment, block_shape, deploy, most_actors
+from featurex_ray.pipeline.deploy import (
+    IMAGES,
+    INLINE,
+    VIDEOS,
+    BlockShape,
+    Deployment,
+    block_shape,
+    deploy,
+    most_actors,
+)
 from featurex_ray.schemas import SAMPLE
 
 
@@ -68,23 +77,40 @@ def samples(**columns: Any) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=pa.schema([f.with_nullable(True) for f in SAMPLE]))
 
 
+def shape_of(
+    first: pa.RecordBatch, num_samples: int, *, windowed: bool = False, frame_bytes: int = 3072
+) -> BlockShape:
+    return block_shape(
+        first,
+        num_samples=num_samples,
+        windowed=windowed,
+        resources={"CPU": 4.0},
+        frame_bytes=frame_bytes,
+    )
+
+
 def test_blocks_follow_the_media() -> None:
     images = samples(uri=["a.jpg", "b.png"])
     videos = samples(uri=["a.mp4", "b.MKV"])
     typed = samples(uri=["a", "b"], media_type=["video", "video"])
-    two_cpus = {"CPU": 2.0}
     inline = samples(data_file=["m.parquet"], data_row=[0])
     for batch, kind in ((images, IMAGES), (videos, VIDEOS), (typed, VIDEOS), (inline, INLINE)):
-        many = block_shape(batch, num_samples=100_000, windowed=False, resources=two_cpus)
+        many = shape_of(batch, 100_000)
         assert (many.kind, many.samples, many.samples_per_decode) == (kind, kind.per_block, kind.per_decode)
-        few = block_shape(batch, num_samples=8, windowed=False, resources=two_cpus)
+        few = shape_of(batch, 8)
         assert (few.samples, few.samples_per_decode) == (1, 1)
-    assert block_shape(videos, num_samples=100_000, windowed=True, resources=two_cpus).samples == 1
+    assert shape_of(videos, 100_000, windowed=True).samples == 1
+
+
+def test_blocks_of_large_frames_are_small() -> None:
+    inline = samples(data_file=["m.parquet"], data_row=[0])
+    shape = shape_of(inline, 100_000, frame_bytes=600 * 600 * 3)
+    assert 10 < shape.samples < 128_000_000 / (600 * 600 * 3)
 
 
 def test_an_actor_has_to_be_worth_its_start() -> None:
-    photos = block_shape(samples(uri=["a.jpg"]), num_samples=1000, windowed=False, resources={"CPU": 8.0})
-    films = block_shape(samples(uri=["a.mp4"]), num_samples=100, windowed=False, resources={"CPU": 8.0})
+    photos = shape_of(samples(uri=["a.jpg"]), 1000)
+    films = shape_of(samples(uri=["a.mp4"]), 100)
     assert most_actors(photos, num_samples=100, windowed=False) == 1
     assert most_actors(photos, num_samples=1000, windowed=False) == 3
     assert most_actors(films, num_samples=100, windowed=False) == 12
