@@ -20,6 +20,8 @@ from featurex_ray.errors import FeaturexError, RequestError
 from featurex_ray.job import ExtractionJob, option_fields
 
 if TYPE_CHECKING:
+    from featurex_ray.benchmark.measure import Benchmark
+    from featurex_ray.benchmark.sweep import Axis, Sweep
     from featurex_ray.pipeline.report import RunReport
 
 EXIT_FAILED = 1
@@ -450,9 +452,17 @@ def retry(table: str, code: str | None, dataset: str | None, weights: str | None
 @click.option("--device", metavar="DEVICE", help="Such as cuda. Default: a GPU where there is one.")
 @click.option("--address", metavar="ADDRESS", help="Of a Ray cluster. Default: a local one for each run.")
 @click.option("--ray/--no-ray", "with_ray", default=True, help="Whole runs too, or the stages alone.")
-@click.option("--plot", metavar="FILE.png", help="Draw how busy the stages were over time.")
+@click.option(
+    "--sweep",
+    "axis",
+    type=click.Choice(["samples", "length", "size", "actors"]),
+    help="Measure how cost grows with this instead; length and size make their own media.",
+)
+@click.option("--plot", metavar="FILE.png", help="Draw how busy the stages were over time, or the sweep.")
 @click.option("--json", "path", metavar="FILE", help="Write all figures there as well.")
-def benchmark(path: str | None, plot: str | None, media: str | None, **options: Any) -> None:
+def benchmark(
+    path: str | None, plot: str | None, media: str | None, axis: "Axis | None", **options: Any
+) -> None:
     """Measure this machine: each stage alone, the bound they imply, and runs against it.
 
     \b
@@ -461,21 +471,22 @@ def benchmark(path: str | None, plot: str | None, media: str | None, **options: 
     Every run is timed twice, over a quarter of the samples and over all of them: what the longer one
     took more gives the rate, the rest is start-up.
     """
-    from featurex_ray.benchmark.measure import Settings
-    from featurex_ray.benchmark.measure import benchmark as measure
+    from featurex_ray.benchmark import measure
     from featurex_ray.demo import MEDIA
 
-    found = measure(
-        Settings(media=media or str(MEDIA / "images"), **options), lambda said: click.echo(said, err=True)
-    )
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    settings = measure.Settings(media=media or str(MEDIA / "images"), **options)
+    if axis:
+        found: Benchmark | Sweep = measure.measure_growth(settings, axis, say)
+    else:
+        found = measure.benchmark(settings, say)
     click.echo("\n".join(found.lines()))
     if path:
         Path(path).write_text(json.dumps(found.to_json(), indent=1))
-    occupancy = found.occupancy()
-    if plot and occupancy:
-        from featurex_ray.benchmark.plot import plot_occupancy
-
-        Path(plot).write_bytes(plot_occupancy(occupancy, title=f"{', '.join(found.settings.extractors)}"))
+    if plot and (picture := found.plot()):
+        Path(plot).write_bytes(picture)
 
 
 @cli.command()

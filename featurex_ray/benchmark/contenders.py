@@ -72,10 +72,15 @@ class Contender:
 
     def run(self, small: Path, large: Path, sizes: tuple[int, int], scratch: Path) -> None:
         """Do both once, on manifests of the two sizes."""
-        self.small.append(self._timed(small, sizes[0], scratch / f"small-{len(self.small)}"))
-        self.large.append(self._timed(large, sizes[1], scratch / f"large-{len(self.large)}"))
+        self.small.append(self.timed(small, sizes[0], scratch / f"small-{len(self.small)}"))
+        self.large.append(self.timed(large, sizes[1], scratch / f"large-{len(self.large)}"))
 
-    def _timed(self, manifest: Path, samples: int, output: Path) -> Timed:
+    def timed(self, manifest: Path, samples: int, output: Path) -> Timed:
+        """One run over a manifest of so many samples.
+
+        Raises:
+            RunError: It failed.
+        """
         output = output.with_name(f"{output.name}-{self.name.replace(' ', '-')}")
         command = [word.format(manifest=manifest, output=output) for word in self.command]
         start = time.perf_counter()

@@ -15,6 +15,8 @@ import torch
 from featurex_ray.benchmark.alone import Costs, measure_alone
 from featurex_ray.benchmark.contenders import PEER_NAMES, Contender, ours, peer
 from featurex_ray.benchmark.latency import slow_s3
+from featurex_ray.benchmark.plot import plot_occupancy
+from featurex_ray.benchmark.sweep import Axis, Sweep, sweep
 from featurex_ray.benchmark.work import Pieces, planned
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob
@@ -91,13 +93,12 @@ class Benchmark:
         """Samples a second that the machine allows."""
         return self.costs.bound(self.num_cpus)
 
-    def occupancy(self) -> dict[str, list[Any]] | None:
-        """How busy the stages were in our last run."""
+    def plot(self) -> bytes | None:
+        """A PNG of how busy the stages were in our last run, if there was one."""
         if not self.contenders:
             return None
         report = self.contenders[0].large[-1].report or {}
-        found: dict[str, list[Any]] = report["watched"]["occupancy"]
-        return found
+        return plot_occupancy(report["watched"]["occupancy"], title=", ".join(self.settings.extractors))
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
@@ -193,6 +194,12 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
     return result
 
 
+def measure_growth(settings: Settings, axis: Axis, say: Say) -> Sweep:
+    """Measure how an extraction's cost grows along an axis; see `sweep`."""
+    options = _options(settings, settings.precision)
+    return sweep(axis, settings.media, options, samples=settings.samples, say=say)
+
+
 def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
     extractors = [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
@@ -228,7 +235,7 @@ def _contenders(settings: Settings, result: Benchmark, pieces: Pieces) -> list[C
     peers = PEER_NAMES if settings.compare else ()
     extractor, weights = next(iter(_weights(settings).items()))
     return [
-        ours(_options(settings, result.precision, pieces)),
+        ours(_options(settings, result.precision, pieces.prefix)),
         *(peer(name, extractor, weights, result.num_cpus) for name in peers),
     ]
 
@@ -244,7 +251,7 @@ def _weights(settings: Settings) -> dict[str, str]:
     return {name: job.weights_of(name) or NO_WEIGHTS for name in settings.extractors}
 
 
-def _options(settings: Settings, precision: str, pieces: Pieces) -> list[str]:
+def _options(settings: Settings, precision: str, prefix: str | None = None) -> list[str]:
     """Of `featurex extract`."""
     several = len(settings.extractors) > 1
     options: list[tuple[str, Any]] = [
@@ -254,7 +261,7 @@ def _options(settings: Settings, precision: str, pieces: Pieces) -> list[str]:
         ("precision", precision),
         ("batch-size", settings.batch_size),
         ("address", settings.address),
-        ("allow-prefix", pieces.prefix),
+        ("allow-prefix", prefix),
         ("max-failure-rate", 1),
     ]
     return [word for name, value in options if value is not None for word in (f"--{name}", str(value))]
@@ -284,7 +291,7 @@ def _from_slow_s3(
         stored = _uploaded(pieces)
         for delay in (0.0, settings.latency_ms / 1000):
             proxy.delay_seconds = delay
-            contender = ours(_options(settings, precision, stored))
+            contender = ours(_options(settings, precision, stored.prefix))
             contender.name = f"from S3 with {1000 * delay:g} ms more"
             _race([contender], settings, stored, folder, say)
             found.append(contender)

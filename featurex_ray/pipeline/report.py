@@ -71,6 +71,7 @@ class RunReport:
     Attributes:
         stage_seconds: Seconds of all workers together, by stage.
         peak_bytes: The most memory of the largest process of each pool, and of the driver.
+        driver_cpu_seconds: CPU of the driver's process, from here to the end.
         watched: What was seen of the execution from inside.
     """
 
@@ -86,6 +87,7 @@ class RunReport:
     fetched_bytes: int = 0
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     peak_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(POOLS, 0))
+    driver_cpu_seconds: float = field(default_factory=lambda: -time.process_time())
     watched: Watched = field(default_factory=Watched)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -120,6 +122,7 @@ class RunReport:
         """Note how long the run took and what the driver needed."""
         self.seconds = round(time.monotonic() - started, 3)
         self.peak_bytes["driver"] = peak_bytes()
+        self.driver_cpu_seconds = round(self.driver_cpu_seconds + time.process_time(), 3)
 
     def bounded_by(self) -> dict[str, float]:
         """What held the run up (storage, decode, extract or write), as shares of its time."""
