@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 
 from featurex_ray.errors import RunError
 from featurex_ray.pipeline.bounds import Watched
@@ -23,6 +24,9 @@ from featurex_ray.table.table import FeatureTable
 
 ARROW: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 _RAISED = re.compile(r"(\w+\.)*[A-Z]\w*(Error|Exception|Invalid|Died|Killed|Interrupt)\w*: ")
+
+STALL_SECONDS = 840.0
+"""Without any block moving for so long, the run ends: within 15 minutes, its beginning and end included."""
 
 FETCHING_THREADS = 2
 """Calls at the same time in a decode actor: one fetches the next block while one decodes."""
@@ -131,7 +135,7 @@ def run_pipeline(work: Work, watched: Watched) -> Iterator[pa.Table]:
         watched: Takes what is seen of the execution.
 
     Raises:
-        RunError: A stage failed for good; the run can be run again.
+        RunError: A stage failed for good, or nothing moved any more; the run can be run again.
     """
     configure(DataContext.get_current())
     if not work.deployment.may_shrink:
@@ -143,6 +147,11 @@ def run_pipeline(work: Work, watched: Watched) -> Iterator[pa.Table]:
         )
     except ray.exceptions.RayError as error:
         raise RunError(f"the pipeline stopped: {first_line(error)}; run it again to go on") from error
+    except ExecutionTimeoutError as error:
+        raise RunError(
+            f"the pipeline stalled: nothing moved for {STALL_SECONDS:.0f} s, so a worker or the media's "
+            "store hangs, or the cluster has no room; what is staged is kept, run it again to go on"
+        ) from error
 
 
 def configure(context: DataContext) -> None:
@@ -151,7 +160,7 @@ def configure(context: DataContext) -> None:
     context.actor_init_retry_on_errors = True
     context.actor_init_max_retries = 3
     context.max_consecutive_actor_init_deaths = 5
-    context.execution_no_progress_timeout_s = 900
+    context.execution_no_progress_timeout_s = STALL_SECONDS
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False

@@ -1,6 +1,8 @@
 """Extractors of a user's own, for tests."""
 
+import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -59,4 +61,14 @@ class SlowLarge(MeanColour):
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         """(B, T, 3, H, W) -> (B, 3)."""
         time.sleep(0.008 * len(frames))
+        return super().__call__(frames)
+
+
+class Hanging(MeanColour):
+    """The same, but it hangs as long as the file that FEATUREX_TEST_HANGS names is there."""
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, 3)."""
+        while Path(os.environ.get("FEATUREX_TEST_HANGS", "/nonexistent")).exists():
+            time.sleep(0.5)
         return super().__call__(frames)
