@@ -157,6 +157,22 @@ def load(extractor: Extractor, spec: ExtractorSpec, file: WeightsFile) -> None:
         raise WeightsError(f"{file.source} does not fit {spec.text}: {error}") from error
 
 
+def load_head(head: nn.Linear, file: WeightsFile) -> None:
+    """Put a file's classifier into a network's.
+
+    Raises:
+        WeightsError: the file holds none, or one of another shape.
+    """
+    tensors = _read(file)
+    # attention_convnet has its classifier under its own name.
+    name = HEAD if f"{HEAD}.weight" in tensors else "fc3"
+    found = {key: tensors[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in tensors}
+    try:
+        head.load_state_dict(found)
+    except RuntimeError as error:
+        raise WeightsError(f"the classifier in {file.source} does not fit: {error}") from error
+
+
 def _fit_classes(extractor: Extractor, found: Shapes) -> None:
     """`attention_convnet` keeps its classifier, of as many classes as it was trained on."""
     shape = found.get("fc3.weight", ())

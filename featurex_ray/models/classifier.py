@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from featurex_ray.errors import ExtractorError, WeightsError
 from featurex_ray.models.attention_cnn import AttentionCnn
 from featurex_ray.models.attention_convnet import AttentionConvNet
-from featurex_ray.models.build import HEAD, construct, is_backbone_only, load
+from featurex_ray.models.build import HEAD, construct, is_backbone_only, load, load_head
 from featurex_ray.models.cnn_lstm import CnnLstm
 from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.models.weights import read_shapes
@@ -117,7 +117,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    resolved: ResolvedExtractor, *, num_classes: int, freeze: bool, seed: int
+    resolved: ResolvedExtractor, *, num_classes: int, freeze: bool, seed: int, keep_head: bool = False
 ) -> tuple[Classifier, frozenset[str]]:
     """A network to train: its weights where there are any, all else drawn from the seed.
 
@@ -126,13 +126,14 @@ def build_classifier(
         num_classes: K.
         freeze: Train only what the weights don't hold.
         seed: Of all that is drawn.
+        keep_head: Go on from the weights' own classifier, whose classes are these.
 
     Returns:
         The network, and the names of its parameters that the weights hold.
 
     Raises:
         ExtractorError: The extractor is no torch module, so that there is nothing to train.
-        WeightsError: There is nothing to freeze.
+        WeightsError: There is nothing to freeze, or no such classifier.
     """
     spec, file = resolved.spec, resolved.weights
     if freeze and file is None:
@@ -154,9 +155,12 @@ def build_classifier(
             is_temporal=spec.media == "video",
             frozen=frozen,
         )
+    if file is not None and keep_head:
+        load_head(classifier.head, file)
     held = "extractor.backbone." if in_parts else "extractor."
     names = [name for name, _ in classifier.named_parameters()]
-    kept = [name for name in names if name.startswith(held) and not name.startswith("extractor.fc3.")]
+    heads = ("head.", "extractor.fc3.")
+    kept = [name for name in names if (keep_head if name.startswith(heads) else name.startswith(held))]
     return classifier, frozenset(kept if file is not None else ())
 
 

@@ -1,5 +1,6 @@
 """Weight files, read and checked without torch: safetensors, and torchvision's own downloads."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,12 +35,14 @@ class WeightsFile:
         sha256: Of its bytes, in hex.
         format: "torch" only for torchvision's own files, whose sha256 is in their name.
         data: Its bytes.
+        classes: What its classifier tells apart, as its card says; None where no card does.
     """
 
     source: str
     sha256: str
     format: Literal["safetensors", "torch"]
     data: bytes = field(repr=False)
+    classes: tuple[str, ...] | None = None
 
 
 def read_weights(uri: str) -> WeightsFile:
@@ -62,11 +65,12 @@ def read_weights(uri: str) -> WeightsFile:
         )
     data = read_file(place)
     sha256 = hashlib.sha256(data).hexdigest()
-    for told_by, told in (("the pin", pin), ("its card", _card_sha256(place))):
+    card = _find_card(place) or {}
+    for told_by, told in (("the pin", pin), ("its card", _sha256_in(card))):
         if told is not None and told != sha256:
             raise WeightsError(f"{without_credentials(place)} has sha256 {sha256}, but {told_by} says {told}")
     read_shapes(data, name=without_credentials(place))
-    return WeightsFile(without_credentials(place), sha256, "safetensors", data)
+    return WeightsFile(without_credentials(place), sha256, "safetensors", data, _classes_in(card))
 
 
 def read_card(uri: str) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def bundled_weights(name: str) -> WeightsFile | None:
     if not path.is_file():
         return None
     file = read_weights(str(path))
-    return WeightsFile(f"bundled {path.name}", file.sha256, file.format, file.data)
+    return dataclasses.replace(file, source=f"bundled {path.name}")
 
 
 def torchvision_weights(model: str, file_name: str) -> WeightsFile:
@@ -179,10 +183,14 @@ def read_file(uri: str) -> bytes:
     return data
 
 
-def _card_sha256(uri: str) -> str | None:
-    card = _find_card(uri)
-    sha256 = None if card is None else card.get("sha256")
+def _sha256_in(card: Mapping[str, Any]) -> str | None:
+    sha256 = card.get("sha256")
     return None if sha256 is None else str(sha256).lower()
+
+
+def _classes_in(card: Mapping[str, Any]) -> tuple[str, ...] | None:
+    classes = card.get("classes")
+    return tuple(map(str, classes)) if isinstance(classes, list) else None
 
 
 def _find_card(uri: str) -> dict[str, Any] | None:

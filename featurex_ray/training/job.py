@@ -57,8 +57,9 @@ class TrainingJob:
     )
     mode: Mode = option(
         "scratch",
-        help="scratch: no weights. finetune: all is trained, what the weights hold at a tenth of --lr. "
-        "head-only: only what the weights don't hold is trained.",
+        help="scratch: no weights. finetune: all is trained, what the weights hold at a tenth of --lr, "
+        "the classifier too where their card names the same classes. "
+        "head-only: only what the weights don't hold is trained, and a new classifier.",
         group="model",
     )
     epochs: int = option(10, help="Passes over the data.", group="training")

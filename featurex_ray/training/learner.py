@@ -53,6 +53,7 @@ class Learner:
         train: This worker's examples.
         validation: All examples to validate on; each worker does its part. None for none.
         device: Where to compute.
+        keep_head: Go on from the weights' own classifier.
         rank: This worker's number.
         num_workers: How many there are; with several, torch's process group must be there.
     """
@@ -66,6 +67,7 @@ class Learner:
         train: Examples,
         validation: Examples | None,
         device: torch.device,
+        keep_head: bool = False,
         rank: int = 0,
         num_workers: int = 1,
     ) -> None:
@@ -74,7 +76,11 @@ class Learner:
         self._normalise = Normalise(resolved.spec, device)
         self.num_classes = num_classes
         self.model, pretrained = build_classifier(
-            resolved, num_classes=num_classes, freeze=job.mode == "head-only", seed=job.seed
+            resolved,
+            num_classes=num_classes,
+            freeze=job.mode == "head-only",
+            seed=job.seed,
+            keep_head=keep_head,
         )
         on_device(self.model, device)
         self.optimizer = make_optimizer(self.model, pretrained, job)

@@ -41,6 +41,7 @@ class LoopSetup:
         job: What was asked for.
         resolved: The extractor, and the weights that it starts from.
         num_classes: K.
+        keep_head: Go on from the weights' own classifier.
         targets: By "train" and "validation": (N,) int64, of all samples.
         threads: CPU threads of a worker.
         news: Told of steps, epochs and trouble by the first worker.
@@ -49,6 +50,7 @@ class LoopSetup:
     job: TrainingJob
     resolved: ResolvedExtractor
     num_classes: int
+    keep_head: bool
     targets: dict[str, np.ndarray]
     threads: int
     news: News
@@ -69,6 +71,7 @@ def train_loop(config: dict[str, LoopSetup]) -> None:
         train=_examples(setup, "train"),
         validation=_examples(setup, "validation") if "validation" in setup.targets else None,
         device=ray.train.torch.get_device(),
+        keep_head=setup.keep_head,
         rank=context.get_world_rank(),
         num_workers=context.get_world_size(),
     )

@@ -55,6 +55,14 @@ class Training:
     decode: DecodeSettings
     output: OutputFolder
 
+    @property
+    def keeps_head(self) -> bool:
+        """Whether fine-tuning goes on from the weights' own classifier: it tells the same classes apart."""
+        weights = self.resolved.weights
+        if self.job.mode != "finetune" or weights is None:
+            return False
+        return weights.classes == self.train.classes
+
 
 @dataclass(frozen=True)
 class TrainingReport:
@@ -87,7 +95,8 @@ def train(job: TrainingJob, *, say: Say = lambda _: None) -> TrainingReport:
     sizes = f"{len(training.train.samples):,} to train on"
     if training.validation:
         sizes += f", {len(training.validation.samples):,} to validate on"
-    say(f"{sizes}, {len(training.train.classes)} classes")
+    head = ", going on from the weights' own classifier" if training.keeps_head else ""
+    say(f"{sizes}, {len(training.train.classes)} classes{head}")
     with ray_as_found():
         connect(job)
         configure(ray.data.DataContext.get_current())
@@ -248,6 +257,7 @@ def _setup(training: Training, news: Queue, resources: dict[str, float]) -> "Loo
         job=training.job,
         resolved=training.resolved,
         num_classes=len(training.train.classes),
+        keep_head=training.keeps_head,
         targets=targets,
         threads=max(int(resources.get("CPU", 1)) // training.job.workers, 1),
         news=news,

@@ -135,6 +135,35 @@ def test_the_frozen_part_runs_once_and_changes_no_score(tmp_path: Path) -> None:
     assert trained == {"extractor.fc3.weight", "extractor.fc3.bias"}
 
 
+@pytest.mark.parametrize("text", ["attention_convnet", "torchvision/squeezenet1_1"])
+def test_the_weights_own_classifier_is_kept_and_pretrained(text: str, tmp_path: Path) -> None:
+    """The same scores, and the classifier is among what learns at a tenth."""
+    path = tmp_path / "w.safetensors"
+    source, _ = build_classifier(resolve(text, weights="none"), num_classes=3, freeze=False, seed=5)
+    path.write_bytes(weights_bytes(source.tensors()))
+    resolved = resolve(text, weights=str(path))
+    size = resolved.spec.input.height
+    frames = torch.randn(2, 1, 3, size, size)
+    for keep_head in (True, False):
+        made, pretrained = build_classifier(
+            resolved, num_classes=3, freeze=False, seed=6, keep_head=keep_head
+        )
+        new = {name for name, _ in made.named_parameters()} - pretrained
+        assert bool(new) is not keep_head
+        scores = made.eval()(frames)
+        assert torch.equal(scores, source.eval()(frames)) is keep_head
+
+
+def test_keeping_a_classifier_of_other_classes_fails(tmp_path: Path) -> None:
+    source, _ = build_classifier(
+        resolve("attention_convnet", weights="none"), num_classes=4, freeze=False, seed=5
+    )
+    save_weights(source.extractor, str(tmp_path / "w.safetensors"))
+    resolved = resolve("attention_convnet", weights=str(tmp_path / "w.safetensors"))
+    with pytest.raises(WeightsError, match=r"the classifier in .*w.safetensors does not fit: (.|\n)*84"):
+        build_classifier(resolved, num_classes=3, freeze=False, seed=6, keep_head=True)
+
+
 def test_a_video_has_the_mean_of_its_frames_features() -> None:
     made, _ = build_classifier(
         resolve("attention_convnet", weights="none"), num_classes=3, freeze=False, seed=0

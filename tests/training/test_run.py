@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
@@ -20,7 +22,7 @@ from featurex_ray.errors import RequestError, RunError
 from featurex_ray.models.registry import resolve
 from featurex_ray.models.weights import read_card
 from featurex_ray.training.job import TrainingJob
-from featurex_ray.training.run import train
+from featurex_ray.training.run import prepare, train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -83,11 +85,37 @@ def test_a_training_leaves_weights_with_a_card_that_extraction_takes(
         train(job(pictures, f"{s3_root}/trained", group_column="scene", lr=0.1, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("mode", "prefix", "keeps"),
+    [("finetune", "", True), ("finetune", "very ", False), ("head-only", "", False)],
+)
+def test_a_classifier_is_gone_on_from_for_the_classes_of_its_card(
+    mode: str, prefix: str, keeps: bool, tmp_path: Path
+) -> None:
+    classes = read_card("attention_convnet")["classes"]
+    rows = [{"uri": f"{label}.png", "label": prefix + label} for label in classes]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    options = {"mode": mode, "validation_share": 0.0}
+    assert prepare(job(tmp_path / "m.parquet", tmp_path / "out", **options)).keeps_head is keeps
+
+
+@pytest.mark.long
+def test_fine_tuning_starts_where_the_weights_training_ended(pictures: Path, tmp_path: Path) -> None:
+    """The second of the two steps, at a rate that changes nothing: the loss is the first's last one."""
+    first = train(job(pictures, tmp_path / "first", epochs=6))
+    said: list[str] = []
+    options = {"mode": "finetune", "weights": first.weights, "epochs": 1, "lr": 1e-9}
+    second = train(job(pictures, tmp_path / "second", **options), say=said.append)
+    assert "3 classes, going on from the weights' own classifier" in said[0]
+    ended = first.history[-1]["validation_loss"]
+    assert second.history[0]["validation_loss"] == pytest.approx(ended, rel=1e-4)
+
+
 DRIVER = """
 import sys
 from tests.training.test_run import job
 from featurex_ray.training.run import train
-train(job(*sys.argv[1:], epochs=40, augment="flip,shift:1"))
+train(job(*sys.argv[1:], epochs=15, augment="flip,shift:1"))
 """
 
 
@@ -112,12 +140,12 @@ def test_killed_and_resumed_it_ends_with_the_weights_of_a_training_that_was_not(
     driver.wait()
 
     said: list[str] = []
-    options = {"epochs": 40, "augment": "flip,shift:1"}
+    options = {"epochs": 15, "augment": "flip,shift:1"}
     train(job(pictures, killed, resume=True, **options), say=said.append)
     resumed = next(int(line.split()[-1]) for line in said if line.startswith("going on after epoch"))
-    assert 1 <= resumed < 40
+    assert 1 <= resumed < 15
     history = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in history] == list(range(1, 41))
+    assert [row["epoch"] for row in history] == list(range(1, 16))
     train(job(pictures, tmp_path / "whole", **options))
     files = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("killed", "whole")]
     assert files[0] == files[1]
