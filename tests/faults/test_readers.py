@@ -9,37 +9,8 @@ import pytest
 
 from tests.faults.campaign import Runner, count_of
 from tests.faults.conftest import Record
+from tests.faults.reader import READER
 from tests.table.conftest import World
-
-READER = """
-import json, sys, time
-import duckdb, pyarrow.dataset as pads
-folder, stop, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
-from pathlib import Path
-counts = {"duckdb": 0, "pyarrow": 0, "duplicates": 0, "halves": 0, "errors": 0}
-glob = f"{folder}/t/**/*.parquet"
-while not Path(stop).exists() and counts["duckdb"] + counts["pyarrow"] < most:
-    which = "duckdb" if counts["duckdb"] <= counts["pyarrow"] else "pyarrow"
-    counts[which] += 1
-    try:
-        if which == "duckdb":
-            rows = duckdb.sql(f"SELECT sample_id, clip_index, num_clips FROM '{glob}'").fetchall()
-        else:
-            table = pads.dataset(f"{folder}/t", format="parquet", partitioning="hive").to_table(
-                columns=["sample_id", "clip_index", "num_clips"])
-            rows = list(zip(*(column.to_pylist() for column in table.columns)))
-    except Exception as error:
-        if "No files found" not in str(error) and "No such file" not in str(error):
-            counts["errors"] += 1
-            counts["last error"] = str(error)[:200]
-        continue
-    counts["duplicates"] += len(rows) != len(set(rows))
-    clips = {}
-    for name, clip, total in rows:
-        clips.setdefault((name, total), set()).add(clip)
-    counts["halves"] += any(len(found) != total for (_, total), found in clips.items())
-print(json.dumps(counts))
-"""
 
 
 def write_until(reader: "subprocess.Popen[str]", folder: Path, *, replacing: bool) -> None:

@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -217,50 +212,9 @@ def test_extractors_with_different_sampling_fail(photos: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-DRIVER = """
-import sys
-import featurex_ray as fx
-manifest, output = sys.argv[1:]
-fx.run(fx.ExtractionJob(manifest=manifest, output=output, extractor="tests.pipeline.own:SlowMean",
-                        precision="fp32", max_samples_per_plan=100, decode_actors="1",
-                        extract_actors="1"))
-"""
-
-
 def many_photos(folder: Path, count: int) -> Path:
     noise = np.random.default_rng(11)
     folder.mkdir()
     for i in range(count):
         Image.fromarray(noise.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{i:04d}.png")
     return folder
-
-
-def test_killed_half_way_and_run_again_gives_the_same_rows(tmp_path: Path) -> None:
-    """Three plans, of which some parts are staged when every process of the run is killed."""
-    manifest, killed = tmp_path / "m.csv", tmp_path / "killed"
-    build_manifest(str(many_photos(tmp_path / "photos", 256)), str(manifest))
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(manifest), str(killed)],
-        cwd=Path(__file__).parents[2],
-        start_new_session=True,
-    )
-    staging = killed / "_featurex/tests.pipeline.own-SlowMean/staging"
-    deadline = time.monotonic() + 120
-    while not list(staging.rglob("*.parquet")):
-        assert driver.poll() is None, "the driver ended before anything was staged"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-
-    slow = {"extractor": "tests.pipeline.own:SlowMean", "precision": "fp32", "max_samples_per_plan": 100}
-    resumed = fx.run(job(manifest, killed, **slow))
-    assert 0 < resumed.num_units < 256
-    fx.run(job(manifest, tmp_path / "whole", **slow))
-    tables = [
-        fx.open_table(str(root / "tests.pipeline.own-SlowMean")).to_arrow()
-        for root in (killed, tmp_path / "whole")
-    ]
-    columns = ["sample_id", "feature", "media_sha256", "extractor_revision"]
-    first, second = (table.select(columns).sort_by("sample_id") for table in tables)
-    assert first.equals(second)

@@ -1,0 +1,81 @@
+"""R8: all processes of a run killed at half, and how much the next run does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+import featurex_ray as fx
+from featurex_ray.manifest import build_manifest
+from tests.conftest import CHECKOUT
+from tests.faults.conftest import Record
+from tests.pipeline.test_run import many_photos
+
+SAMPLES = 256
+
+DRIVER = """
+import sys
+import featurex_ray as fx
+fx.run(fx.ExtractionJob(manifest=sys.argv[1], output=sys.argv[2], extractor="tests.pipeline.own:SlowMean",
+                        precision="fp32", max_samples_per_plan=100, decode_actors="1", extract_actors="1"))
+"""
+
+
+def run(manifest: Path, output: Path) -> fx.RunReport:
+    return fx.run(
+        fx.ExtractionJob(
+            manifest=str(manifest),
+            output=str(output),
+            extractor="tests.pipeline.own:SlowMean",
+            precision="fp32",
+            max_samples_per_plan=100,
+        )
+    )
+
+
+def num_staged(table: Path) -> int:
+    """Samples in staged parts, those of published plans included: none is collected within a day."""
+    parts = (table / "staging").rglob("*.parquet")
+    return sum(pq.read_metadata(part).num_rows for part in parts)
+
+
+def kill_at_half(manifest: Path, output: Path) -> int:
+    """Run until half of the samples are staged, then kill driver, raylet and workers; what was staged."""
+    arguments = [sys.executable, "-c", DRIVER, str(manifest), str(output)]
+    driver = subprocess.Popen(arguments, cwd=CHECKOUT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    table = output / "_featurex/tests.pipeline.own-SlowMean"
+    while num_staged(table) < SAMPLES // 2:
+        assert driver.poll() is None, "the driver ended before half was staged"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    return num_staged(table)
+
+
+def test_killed_at_half(tmp_path: Path, record: Record) -> None:
+    """The next run does what was not staged and nothing else; the rows are as if nothing had happened."""
+    manifest, killed = tmp_path / "m.csv", tmp_path / "killed"
+    build_manifest(str(many_photos(tmp_path / "photos", SAMPLES)), str(manifest))
+    staged = kill_at_half(manifest, killed)
+    assert SAMPLES // 2 <= staged < SAMPLES
+    resumed = run(manifest, killed)
+    assert resumed.num_units == SAMPLES - staged
+    run(manifest, tmp_path / "whole")
+    tables = [
+        fx.open_table(str(root / "tests.pipeline.own-SlowMean")).to_arrow()
+        for root in (killed, tmp_path / "whole")
+    ]
+    columns = ["sample_id", "feature", "media_sha256", "extractor_revision"]
+    first, second = (table.select(columns).sort_by("sample_id") for table in tables)
+    assert first.equals(second)
+    record(
+        "R8",
+        f"every process killed with {staged} of {SAMPLES} samples staged: the rerun, on two CPUs, did the "
+        f"other {resumed.num_units} and none again; rows = oracle",
+    )
