@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
@@ -170,6 +171,7 @@ def poll(output: Path, stop: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_any_process_killed(bundled_media: Path, tmp_path: Path, record: Record) -> None:
     wanted, manifest = count_of("R2", 2, 200), tmp_path / "m.csv"
     photos = many_photos(tmp_path / "media", 80)
