@@ -188,7 +188,7 @@ class Deployment:
 
     decode: Pool
     extract: Pool
-    may_shrink: bool = False
+    may_shrink: bool
 
     @property
     def small_tasks(self) -> int:
@@ -222,8 +222,10 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Dep
         raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs")
     to_reserve = num_cpus - _spare_cpus(job, num_cpus)
     if gpus_each:
-        return _with_gpus(job, to_reserve, int(num_gpus / gpus_each), gpus_each, most)
-    return _without_gpus(job, num_cpus, to_reserve, most)
+        pools = _with_gpus(job, to_reserve, int(num_gpus / gpus_each), gpus_each, most)
+    else:
+        pools = _without_gpus(job, num_cpus, to_reserve, most)
+    return Deployment(*pools, may_shrink=bool(job.can_grow_to))
 
 
 def _spare_cpus(job: ExtractionJob, num_cpus: int) -> float:
@@ -237,21 +239,19 @@ def _spare_cpus(job: ExtractionJob, num_cpus: int) -> float:
 
 def _with_gpus(
     job: ExtractionJob, to_reserve: float, num_devices: int, gpus_each: float, most: int
-) -> Deployment:
+) -> tuple[Pool, Pool]:
     extract = _bounds(job.extract_actors, num_devices, most)
     cpus_each = min(1.0, to_reserve / (4 * extract.maximum))
     left = to_reserve - extract.maximum * cpus_each
     decode = _bounds(job.decode_actors, max(round(left), 1), most)
-    pools = Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each)
-    return Deployment(*pools, may_shrink=bool(job.can_grow_to))
+    return Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each)
 
 
-def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> Deployment:
+def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> tuple[Pool, Pool]:
     decode = _bounds(job.decode_actors, num_cpus, most)
     extract = _bounds(job.extract_actors, num_cpus, most)
     each = min(to_reserve / (decode.maximum + extract.maximum), 1.0)
-    pools = Pool(decode, each, 0.0), Pool(extract, each, 0.0)
-    return Deployment(*pools, may_shrink=bool(job.can_grow_to))
+    return Pool(decode, each, 0.0), Pool(extract, each, 0.0)
 
 
 def _bounds(asked: str | None, suggested: int, most: int) -> PoolSize:
