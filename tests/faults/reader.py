@@ -1,34 +1,160 @@
-"""A reader of table `t`'s plain files, as a program: `python -c READER folder stop most [pause]`."""
+"""A reader of table `t`'s plain files, in a process of its own, that polls all through a campaign."""
 
-READER = """
-import json, sys, time
-import duckdb, pyarrow.dataset as pads
-folder, stop, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
-pause = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-counts = {"duckdb": 0, "pyarrow": 0, "duplicates": 0, "halves": 0, "errors": 0}
-glob = f"{folder}/t/**/*.parquet"
-while not Path(stop).exists() and counts["duckdb"] + counts["pyarrow"] < most:
-    time.sleep(pause)
-    which = "duckdb" if counts["duckdb"] <= counts["pyarrow"] else "pyarrow"
-    counts[which] += 1
-    is_empty = not any(Path(folder, "t").rglob("*.parquet"))
-    try:
-        if which == "duckdb":
-            rows = duckdb.sql(f"SELECT sample_id, clip_index, num_clips FROM '{glob}'").fetchall()
-        else:
-            table = pads.dataset(f"{folder}/t", format="parquet", partitioning="hive").to_table(
-                columns=["sample_id", "clip_index", "num_clips"])
-            rows = list(zip(*(column.to_pylist() for column in table.columns)))
-    except Exception as error:
-        if not is_empty:  # of no files neither can say which columns they have
-            counts["errors"] += 1
-            counts["last error"] = str(error)[:200]
-        continue
-    counts["duplicates"] += len(rows) != len(set(rows))
-    clips = {}
+from types import TracebackType
+from typing import Any, Self
+
+import duckdb
+import fsspec
+import pyarrow.dataset as pads
+from pyarrow import fs
+
+from tests.conftest import CHECKOUT
+
+COLUMNS = ["sample_id", "clip_index", "num_clips"]
+TRIES = 5
+"""A scan that overlaps a replacement may fail; one of the next ones does not."""
+
+Row = tuple[str, int, int]
+
+
+@dataclass
+class Reader:
+    """Polls the table below one root after another, from `with` to its end; `counts` says what it saw.
+
+    Counts: `duckdb`, `pyarrow` (scans of tables that had files), `duplicates` and `halves` (scans that saw
+    a row twice, or a sample without all its clips), `errors` (scans that failed) and `lasting` (errors that
+    the next scans did not get rid of).
+
+    Args:
+        pause: Seconds between scans.
+    """
+
+    pause: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    last_error: str = ""
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory()
+        command = [sys.executable, "-m", "tests.faults.reader", self._folder.name, str(self.pause)]
+        self._process = subprocess.Popen(command, cwd=CHECKOUT)
+        while not Path(self._folder.name, "counts").exists():
+            assert self._process.poll() is None, "the reader itself failed"
+            time.sleep(0.02)
+        return self
+
+    def look_at(self, root: str | Path) -> None:
+        """From now on below this root: a local folder, or an `s3://` URI."""
+        write_atomically(Path(self._folder.name, "root"), str(root))
+
+    def scans(self) -> int:
+        """So far."""
+        seen = self._seen()
+        return int(seen["duckdb"] + seen["pyarrow"])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        Path(self._folder.name, "stop").touch()
+        try:
+            assert self._process.wait(60) == 0, "the reader itself failed"
+            self.counts.update(self._seen())
+        finally:
+            self._process.kill()
+            self._folder.cleanup()
+
+    def _seen(self) -> Counter[str]:
+        path = Path(self._folder.name, "counts")
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.last_error = found.pop("last error", "")
+        return Counter(found)
+
+    def check(self) -> None:
+        """Nothing seen that the protocol rules out."""
+        assert self.counts["duckdb"], "it never saw a file"
+        bad = {name: self.counts[name] for name in ("duplicates", "halves", "lasting")}
+        assert not any(bad.values()), (bad, self.last_error)
+
+
+def summary(counts: Counter[str]) -> str:
+    """In words, for a figure."""
+    return (
+        f"{counts['duckdb']:,} DuckDB and {counts['pyarrow']:,} pyarrow polls: {counts['duplicates']} "
+        f"duplicates, {counts['halves']} halves, {counts['errors']} errors"
+    )
+
+
+def scan_duckdb(root: str) -> list[Row]:
+    with duckdb.connect() as connection:
+        if "://" in root:
+            connection.register_filesystem(fsspec.filesystem("s3", **FRESH))
+        glob = f"{root}/t/**/*.parquet"
+        return connection.sql(f"SELECT {', '.join(COLUMNS)} FROM '{glob}'").fetchall()
+
+
+def scan_pyarrow(root: str) -> list[Row]:
+    files, folder = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+    dataset = pads.dataset(f"{folder}/t", filesystem=files, format="parquet", partitioning="hive")
+    return list(
+        zip(*(column.to_pylist() for column in dataset.to_table(columns=COLUMNS).columns), strict=True)
+    )
+
+
+FRESH = {"skip_instance_cache": True, "use_listings_cache": False}
+SCANS = {"duckdb": scan_duckdb, "pyarrow": scan_pyarrow}
+
+
+def is_empty(root: str) -> bool:
+    """Of no files neither reader can say which columns they have."""
+    files, folder = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+    below = files.get_file_info(fs.FileSelector(f"{folder}/t", recursive=True, allow_not_found=True))
+    return not any(info.path.endswith(".parquet") for info in below)
+
+
+def look_into(rows: list[Row]) -> dict[str, int]:
+    clips: dict[tuple[str, int], set[int]] = {}
     for name, clip, total in rows:
         clips.setdefault((name, total), set()).add(clip)
-    counts["halves"] += any(len(found) != total for (_, total), found in clips.items())
-print(json.dumps(counts))
-"""
+    return {
+        "duplicates": int(len(rows) != len(set(rows))),
+        "halves": int(any(len(found) != total for (_, total), found in clips.items())),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    half = path.with_suffix(".half")
+    half.write_text(text)
+    half.rename(path)
+
+
+def main(folder: Path, pause: float) -> None:
+    counts: Counter[str] = Counter()
+    failed_before, last_error = 0, ""
+    write_atomically(folder / "counts", "{}")  # it is there, its imports are done
+    while not (folder / "stop").exists():
+        time.sleep(pause)
+        root = (folder / "root").read_text() if (folder / "root").exists() else ""
+        if not root or is_empty(root):
+            time.sleep(0.01)
+            continue
+        which = min(SCANS, key=lambda name: counts[name])
+        counts[which] += 1
+        try:
+            counts.update(look_into(SCANS[which](root)))
+            failed_before = 0
+        except Exception as error:  # noqa: BLE001  whatever a user's reader may raise
+            failed_before += 1
+            last_error = f"{which}: {error}"[:300]
+            counts.update({"errors": 1, "lasting": int(failed_before == TRIES)})
+        write_atomically(folder / "counts", json.dumps(counts | {"last error": last_error}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -16,6 +16,7 @@ from tests.faults.campaign import (
     tell_story,
 )
 from tests.faults.conftest import Record
+from tests.faults.reader import Reader, summary
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -27,15 +28,19 @@ def test_kill_at_every_operation(
     num_moments = count_moments(f"{root}/counted")
     wanted = count_of(f"R1_{where.upper()}", {"local": 12, "s3": 3}[where], num_moments)
     moments = sorted({1 + n * num_moments // wanted for n in range(min(wanted, num_moments))})
-    for n in moments:
-        uri = f"{root}/{n}"
-        killed = in_process(story_killed_at, uri, n)
-        killed.join(120)
-        assert killed.exitcode == -signal.SIGKILL
-        check_between(uri)
-        tell_story(uri)
-        check_end(uri, oracle)
+    with Reader() as reader:
+        for n in moments:
+            uri = f"{root}/{n}"
+            reader.look_at(uri)
+            killed = in_process(story_killed_at, uri, n)
+            killed.join(120)
+            assert killed.exitcode == -signal.SIGKILL
+            check_between(uri)
+            tell_story(uri)
+            check_end(uri, oracle)
+    reader.check()
     record(
         f"R1 {where}",
-        f"{len(moments)} of {num_moments} kill points; after each rerun rows = oracle, 0 lost, 0 duplicate",
+        f"{len(moments)} of {num_moments} kill points; after each rerun rows = oracle, 0 lost, 0 duplicate; "
+        f"meanwhile {summary(reader.counts)}",
     )

@@ -20,6 +20,7 @@ from featurex_ray.table.store import Hook, ObjectStore
 from featurex_ray.table.verify import verify
 from tests.faults.campaign import YOUNG, Runner, check_between, count_of, in_process
 from tests.faults.conftest import Record
+from tests.faults.reader import Reader, summary
 from tests.table.conftest import FACTS, World, content, public_etags
 
 
@@ -32,22 +33,27 @@ def test_three_drivers(where: str, tmp_path: Path, request: pytest.FixtureReques
     """R4: three processes on the same work, or on manifests that overlap; all exit 0 when all is done."""
     root = str(tmp_path) if where == "local" else request.getfixturevalue("s3_root")
     rounds = count_of(f"R4_{where.upper()}", 2, 50)
-    for number in range(rounds):
-        uri = f"{root}/{number}"
-        sizes = [12, 12, 12] if number % 2 else [8, 10, 14]
-        worlds = [World(num_samples=size, failing=frozenset({"s0004"})) for size in sizes]
-        drivers = [in_process(extract_once, uri, f"run-{n}", world) for n, world in enumerate(worlds)]
-        for driver in drivers:
-            driver.join(120)
-        assert [driver.exitcode for driver in drivers] == [0, 0, 0]
-        table = FeatureTable(open_store(uri), FACTS)
-        assert content(table) == worlds[-1].expected()
-        assert verify(table.store, FACTS, worlds[-1].samples).ok
-        plans = sum(1 for _ in table.store.list("_featurex/t/plans/"))
-        assert len(public_etags(table.store, ("t/",))) == plans
+    with Reader() as reader:
+        for number in range(rounds):
+            uri = f"{root}/{number}"
+            reader.look_at(uri)
+            sizes = [12, 12, 12] if number % 2 else [8, 10, 14]
+            worlds = [World(num_samples=size, failing=frozenset({"s0004"})) for size in sizes]
+            drivers = [in_process(extract_once, uri, f"run-{n}", world) for n, world in enumerate(worlds)]
+            for driver in drivers:
+                driver.join(120)
+            assert [driver.exitcode for driver in drivers] == [0, 0, 0]
+            table = FeatureTable(open_store(uri), FACTS)
+            assert content(table) == worlds[-1].expected()
+            assert verify(table.store, FACTS, worlds[-1].samples).ok
+            plans = sum(1 for _ in table.store.list("_featurex/t/plans/"))
+            assert len(public_etags(table.store, ("t/",))) == plans
+    reader.check()
+    assert reader.counts["errors"] == 0, reader.last_error  # nothing is replaced
     record(
         f"R4 {where}",
-        f"{rounds} rounds of 3 drivers; one public object per plan, no sample twice, all exit 0",
+        f"{rounds} rounds of 3 drivers; one public object per plan, no sample twice, all exit 0; "
+        f"meanwhile {summary(reader.counts)}",
     )
 
 
@@ -80,26 +86,30 @@ def test_a_worker_that_sleeps_past_publish(
         World(num_samples=7, version="2", failing=frozenset({"s0001"})),
     )
     points = 0
-    for n in range(1, count_of(f"R5_{where.upper()}", 2, 100) + 1):
-        uri = f"{root}/{n}"
-        Runner(uri).extract(old)
-        sleeper = in_process(stopped_before, uri, n, new)
-        if not stops(sleeper):
-            break  # it has no n-th write: those before it were all
-        points = n
-        Runner(uri, run_id="other").extract(new)
-        store = open_store(uri)
-        collect(store, FACTS, min_age=YOUNG) if where == "s3" else None
-        before = public_etags(store)
-        os.kill(sleeper.pid or 0, signal.SIGCONT)
-        sleeper.join(60)
-        assert sleeper.exitcode == 0
-        assert public_etags(store) == before
-        assert content(FeatureTable(store, FACTS)) == new.expected()
+    with Reader() as reader:
+        for n in range(1, count_of(f"R5_{where.upper()}", 2, 100) + 1):
+            uri = f"{root}/{n}"
+            reader.look_at(uri)
+            Runner(uri).extract(old)
+            sleeper = in_process(stopped_before, uri, n, new)
+            if not stops(sleeper):
+                break  # it has no n-th write: those before it were all
+            points = n
+            Runner(uri, run_id="other").extract(new)
+            store = open_store(uri)
+            collect(store, FACTS, min_age=YOUNG) if where == "s3" else None
+            before = public_etags(store)
+            os.kill(sleeper.pid or 0, signal.SIGCONT)
+            sleeper.join(60)
+            assert sleeper.exitcode == 0
+            assert public_etags(store) == before
+            assert content(FeatureTable(store, FACTS)) == new.expected()
+    reader.check()
     assert points >= 2
     record(
         f"R5 {where}",
-        f"SIGSTOP before each of {points} public writes, SIGCONT later: ETags unchanged, exit 0",
+        f"SIGSTOP before each of {points} public writes, SIGCONT later: ETags unchanged, exit 0; "
+        f"meanwhile {summary(reader.counts)}",
     )
 
 
