@@ -42,6 +42,16 @@ class SlowMean(MeanColour):
         return super().__call__(frames)
 
 
+class CountedMean(SlowMean):
+    """Slow too; the folder that FEATUREX_TEST_COUNTS names tells how many frames it has begun."""
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) -> (B, 3)."""
+        with Path(os.environ["FEATUREX_TEST_COUNTS"], str(os.getpid())).open("a") as counts:
+            counts.write(f"{len(frames)}\n")
+        return super().__call__(frames)
+
+
 class Steady(MeanColour):
     """The same, a twentieth of a second a frame: calls of some seconds."""
 
