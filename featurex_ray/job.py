@@ -8,13 +8,13 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from featurex_ray.errors import RequestError
 from featurex_ray.media.sampling import Sampling
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Decoder = Literal["auto", "pyav", "decord"]
+Decoder = Literal["auto", "pyav", "decord", "nvdec"]
 Isolation = Literal["process", "none"]
 Partial = Literal["use", "fail"]
 
@@ -117,7 +117,10 @@ class ExtractionJob:
         None, help="From one window's start to the next. Default: --clip-seconds.", group="video"
     )
     decoder: Decoder = option(
-        "auto", help="Video backend; auto uses decord where it is frame-exact, else PyAV.", group="video"
+        "auto",
+        help="Video backend; auto uses decord where it is frame-exact, else PyAV. nvdec is the GPU's own "
+        "decoder (PyAV for what it can't do); it needs --isolation none.",
+        group="video",
     )
     allow_prefix: tuple[str, ...] = option(
         (), help="URI prefix that manifests may name beyond their own store.", metavar="URI", group="safety"
@@ -266,8 +269,8 @@ class ExtractionJob:
             )
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise RequestError(f"--precision {self.precision!r} must be auto, fp32, bf16 or fp16")
-        if self.decoder not in ("auto", "pyav", "decord"):
-            raise RequestError(f"--decoder {self.decoder!r} must be auto, pyav or decord")
+        if self.decoder not in get_args(Decoder):
+            raise RequestError(f"--decoder {self.decoder!r} must be auto, pyav, decord or nvdec")
 
     def _check_safety(self) -> None:
         if self.isolation not in ("process", "none"):

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-DecoderPolicy = Literal["auto", "pyav", "decord", "decord+pyav"]
+DecoderPolicy = Literal["auto", "pyav", "decord", "decord+pyav", "nvdec", "nvdec+pyav"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featurex_ray.errors import DecodeError, ProbeError, RequestError
-from featurex_ray.media import decord_backend
+from featurex_ray.media import decord_backend, nvdec_backend
 from featurex_ray.media.decoder import (
     DecoderPolicy,
     FrameDecoder,
@@ -32,6 +32,9 @@ _MAX_WINDOWS = 1_000_000
 
 _DECORD_TOLERANCE = 2
 """Of 255: by how much its pixels may differ from PyAV's; all that were measured are equal."""
+
+_NVDEC_TOLERANCE = 4.0
+"""Of 255: by how much its pixels may differ from PyAV's on average; it interpolates chroma in its own way."""
 
 _FREE_CLOCKS = ("mpegts", "mpeg", "mpegvideo")
 """Formats whose timestamps start anywhere."""
@@ -122,7 +125,7 @@ class DecodedVideo:
         height: Likewise.
         complete: False when the container breaks off, or a part of these clips could not be
             decoded as it should.
-        decoder: `pyav` or `decord`.
+        decoder: `pyav`, `decord` or `nvdec`.
         num_decoded: Frames that PyAV had to decode for it.
     """
 
@@ -139,14 +142,18 @@ class DecodedVideo:
 def resolve_policy(policy: DecoderPolicy) -> DecoderPolicy:
     """What a policy means on this machine: `auto` becomes `decord+pyav`, or `pyav` without decord.
 
+    `nvdec` becomes `nvdec+pyav`: PyAV decodes what the card can't, or shows otherwise.
+
     Raises:
-        RequestError: decord is asked for and not installed.
+        RequestError: decord or torchcodec is asked for and not installed.
     """
     if policy == "auto":
         return "decord+pyav" if decord_backend.is_installed() else "pyav"
     if "decord" in policy and not decord_backend.is_installed():
         raise RequestError(f"decoder {policy!r} needs decord: pip install decord, or use 'pyav'")
-    return policy
+    if "nvdec" in policy and not nvdec_backend.is_installed():
+        raise RequestError(f"decoder {policy!r} needs torchcodec: pip install 'featurex-ray[nvdec]'")
+    return "nvdec+pyav" if policy == "nvdec" else policy
 
 
 def plan_clips(data: Buffer, request: ClipRequest, *, limits: MediaLimits = DEFAULT_LIMITS) -> ClipPlan:
@@ -212,7 +219,7 @@ def decode_video(
     Raises:
         ProbeError: `empty`, `unsupported_container`, `truncated`, `undecodable`, `no_video`.
         DecodeError: `unsupported_codec`, `no_frames`, `too_large`, `undecodable`.
-        RequestError: The policy needs decord, which is not installed.
+        RequestError: The policy needs decord or torchcodec, which is not installed.
     """
     container, pyav = _open(data, num_threads=num_threads, limits=limits)
     layout = _Layout(container, pyav.timeline, request)
@@ -220,8 +227,11 @@ def decode_video(
     _check_bytes(unit.num_frames * sum(spec.frame_bytes for spec in inputs), max_unit_bytes)
     filled: _Filled | None = None
     whole = not breaks_off(data, container)
-    if _use_decord(resolve_policy(policy), pyav.header, unit, whole=whole):
+    policy = resolve_policy(policy)
+    if _use_decord(policy, pyav.header, unit, whole=whole):
         filled = _try_decord(data, pyav, unit, inputs, num_threads)
+    elif policy == "nvdec+pyav" and whole and nvdec_backend.reads_exactly(pyav.header):
+        filled = _try_nvdec(data, pyav, unit, inputs)
     if filled is None:
         try:
             filled = _fill(pyav, unit, inputs)
@@ -392,6 +402,23 @@ def _try_decord(
     # It doesn't know mirrored display matrices, which no header shows beforehand.
     difference = np.abs(filled.frames[0][0].astype(int) - fit(first.image, inputs[0]))
     return filled if difference.max() <= _DECORD_TOLERANCE else None
+
+
+def _try_nvdec(
+    data: Buffer, pyav: PyavDecoder, unit: _Unit, inputs: Sequence[InputSpec], *, device: str = "cuda"
+) -> _Filled | None:
+    """The card's frames, or None where it doesn't see the video as PyAV does, or can't decode it."""
+    # A whole picture that both decode alone; its colours tell whether they read YUV in the same way.
+    first = int(min(indices[0] for _, indices in unit.clips))
+    keyframe = np.flatnonzero(pyav.timeline.keyframes[: first + 1])[-1:]
+    try:
+        nvdec = nvdec_backend.NvdecDecoder(data, pyav.timeline, device=device)
+        pictures = [fit(next(decoder.frames(keyframe)).image, inputs[0]) for decoder in (pyav, nvdec)]
+        if len(keyframe) and np.abs(np.subtract(*pictures, dtype=int)).mean() <= _NVDEC_TOLERANCE:
+            return _fill(nvdec, unit, inputs)
+    except (TimelineDisagreementError, StopIteration):
+        return None
+    return None
 
 
 def _check_bytes(num_bytes: int, max_unit_bytes: int) -> None:

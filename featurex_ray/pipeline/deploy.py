@@ -49,6 +49,11 @@ VIDEOS_PER_EXTRACT = {False: 4, True: 16}
 _VIDEO_NAME = r"(?i)\.(mp4|m4v|mov|mkv|webm|avi|ts|m2ts|mts|mpg|mpeg|vob|flv|ogv|wmv|asf|3gp)$"
 
 
+NVDEC_ACTORS = 2
+"""Decode actors that share a GPU: cards have 1 to 7 decoding units, and each actor takes a CUDA context."""
+NVDEC_GPU = 0.25
+"""The part of a GPU that they reserve together; its decoding units are none of those that extract."""
+
 SECONDS_FOR_THE_FIRST_CPU = 60
 """Of a cluster whose nodes are only joining."""
 
@@ -199,16 +204,20 @@ class Deployment:
         return math.ceil(self.decode.size.maximum / 4)
 
 
-def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Deployment:
+def deploy(
+    job: ExtractionJob, resources: dict[str, float], *, most: int, decodes_on_gpu: bool = False
+) -> Deployment:
     """Size the pools.
 
-    On a cluster with GPUs each extract actor has its own, and all other CPUs decode. Without
-    GPUs both pools have an actor a CPU and share the CPUs: whichever stage lags gets the time.
+    On a cluster with GPUs each extract actor has its own, and all other CPUs decode, or actors that
+    share those GPUs with it. Without GPUs both pools have an actor a CPU and share the CPUs: whichever
+    stage lags gets the time.
 
     Args:
         job: Its bounds win over what the resources suggest.
         resources: As `cluster_resources` gives them.
         most: Actors that a pool has at most, where the job sets no bounds.
+        decodes_on_gpu: Whether decode actors need a GPU too.
 
     Raises:
         RequestError: The cluster lacks the CPUs or GPUs that the job's bounds ask for.
@@ -216,12 +225,20 @@ def deploy(job: ExtractionJob, resources: dict[str, float], *, most: int) -> Dep
     num_cpus = max(int(resources.get("CPU", 1)), 1)
     num_gpus = resources.get("GPU", 0.0)
     gpus_each = job.gpus_per_extract_actor
+    share = NVDEC_GPU if decodes_on_gpu else 0.0
+    if decodes_on_gpu and num_gpus < 1:
+        raise RequestError(f"--decoder nvdec needs GPUs, and the cluster has {num_gpus:g}")
     if gpus_each is None:
-        gpus_each = 1.0 if num_gpus >= 1 else 0.0
-    if gpus_each > num_gpus:
-        raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs")
+        gpus_each = 1.0 - share if num_gpus >= 1 else 0.0
+    if gpus_each > num_gpus * (1 - share):
+        left = f", of which decoding takes {num_gpus * share:g}" if share else ""
+        raise RequestError(
+            f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs{left}"
+        )
     to_reserve = num_cpus - _spare_cpus(job, num_cpus)
-    if gpus_each:
+    if decodes_on_gpu:
+        pools = _with_decoding_gpus(job, to_reserve, int(num_gpus), gpus_each, most)
+    elif gpus_each:
         pools = _with_gpus(job, to_reserve, int(num_gpus / gpus_each), gpus_each, most)
     else:
         pools = _without_gpus(job, num_cpus, to_reserve, most)
@@ -245,6 +262,17 @@ def _with_gpus(
     left = to_reserve - extract.maximum * cpus_each
     decode = _bounds(job.decode_actors, max(round(left), 1), most)
     return Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each)
+
+
+def _with_decoding_gpus(
+    job: ExtractionJob, to_reserve: float, num_gpus: int, gpus_each: float, most: int
+) -> tuple[Pool, Pool]:
+    num_devices = int(num_gpus * (1 - NVDEC_GPU) / gpus_each) if gpus_each else num_gpus
+    extract = _bounds(job.extract_actors, num_devices, most)
+    decode = _bounds(job.decode_actors, num_gpus * NVDEC_ACTORS, most)
+    cpus_each = min(to_reserve / (extract.maximum + decode.maximum), 1.0)
+    gpu_share = min(num_gpus * NVDEC_GPU / decode.maximum, NVDEC_GPU)
+    return Pool(decode, cpus_each, gpu_share), Pool(extract, cpus_each, gpus_each)
 
 
 def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> tuple[Pool, Pool]:

@@ -272,6 +272,8 @@ def _settled(job: ExtractionJob, recorded: dict[str, Any]) -> dict[str, str]:
     """Precision and decoder: as asked for, else as recorded with the table."""
     precision = job.precision if job.precision != "auto" else recorded.get("precision", "auto")
     decoder: DecoderPolicy = job.decoder if job.decoder != "auto" else recorded.get("decoder", "auto")
+    if "nvdec" in decoder and job.isolation != "none":
+        raise RequestError("--decoder nvdec needs --isolation none: CUDA can't run in a confined process")
     return {"precision": precision, "decoder": resolve_policy(decoder)}
 
 
@@ -432,14 +434,15 @@ def _work(
         part for number, mask in enumerate(todo) for part in slices_of(number, mask, num_rows=shape.samples)
     ]
     most = most_actors(shape, num_samples=num_samples, windowed=windowed)
-    deployment = deploy(request.job, cluster, most=most)
+    decoder: DecoderPolicy = tables[0].facts.extractor["decoder"]
+    deployment = deploy(request.job, cluster, most=most, decodes_on_gpu="nvdec" in decoder)
     decode = DecodeSettings(
         policy=request.policy,
         inputs=inputs,
         sampling=request.sampling,
         clip_seconds=request.job.clip_seconds,
         clip_stride_seconds=request.job.clip_stride_seconds,
-        decoder=tables[0].facts.extractor["decoder"],
+        decoder=decoder,
         isolation=request.job.isolation,
         media_limits=_media_limits(request.job),
         partial=request.job.partial,

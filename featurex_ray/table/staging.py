@@ -118,7 +118,10 @@ def read_part(store: ObjectStore, facts: TableFacts, plan: Plan, key: str) -> pa
     """
     body, _ = store.read(key)
     if sha256(body).hexdigest() != key.rpartition("-")[2].removesuffix(".parquet"):
-        raise TableDamagedError(f"{store.uri}/{key} is damaged: its sha256 isn't the one in its name")
+        raise TableDamagedError(
+            f"{store.uri}/{key} is damaged: its sha256 isn't the one in its name; delete it, and the next "
+            "run does its samples again"
+        )
     file = pq.ParquetFile(pa.BufferReader(body))
     _check_marks(store, facts, plan, key, file.schema_arrow)
     return file.read()
@@ -126,7 +129,10 @@ def read_part(store: ObjectStore, facts: TableFacts, plan: Plan, key: str) -> pa
 
 def _check_marks(store: ObjectStore, facts: TableFacts, plan: Plan, key: str, schema: pa.Schema) -> None:
     if not schema.equals(schemas.PART) or schema.metadata != _marks(facts, plan):
-        raise TableDamagedError(f"{store.uri}/{key} is not a part of plan {plan.plan_id} of {facts.name}")
+        raise TableDamagedError(
+            f"{store.uri}/{key} is not a part of plan {plan.plan_id} of {facts.name}; move it away, and run "
+            "again"
+        )
 
 
 def units_of(rows: pa.Table, source: int) -> Iterator[Unit]:

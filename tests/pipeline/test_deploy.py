@@ -61,6 +61,25 @@ def test_a_gpu_can_be_shared_or_left_alone() -> None:
     assert unused.extract.num_gpus == 0
 
 
+@pytest.mark.parametrize("num_cpus", [2, 4, 96])
+@pytest.mark.parametrize("num_gpus", [1, 4])
+@pytest.mark.parametrize("decode_actors", [None, "1", "20"])
+def test_decoding_on_gpus_shares_them(num_cpus: int, num_gpus: int, decode_actors: str | None) -> None:
+    cluster = {"CPU": num_cpus, "GPU": num_gpus}
+    found = deploy(job(decode_actors=decode_actors), cluster, most=10_000, decodes_on_gpu=True)
+    assert found.extract.size.maximum == num_gpus
+    assert all(pool.num_gpus > 0 for pool in (found.decode, found.extract))
+    assert sum(pool.size.maximum * pool.num_gpus for pool in (found.decode, found.extract)) <= num_gpus
+    assert 0 < reserved_cpus(found) <= num_cpus - 0.5
+
+
+def test_decoding_on_gpus_needs_room_on_them() -> None:
+    with pytest.raises(RequestError, match="needs GPUs"):
+        deploy(job(), {"CPU": 8}, most=100, decodes_on_gpu=True)
+    with pytest.raises(RequestError, match=r"has 1 GPUs, of which decoding takes 0.25"):
+        deploy(job(gpus_per_extract_actor=1.0), {"CPU": 8, "GPU": 1}, most=100, decodes_on_gpu=True)
+
+
 def test_pools_are_no_larger_than_the_work_is_worth_unless_asked() -> None:
     assert deploy(job(), {"CPU": 64}, most=3).decode.size == PoolSize(1, 3)
     assert deploy(job(decode_actors="2:5"), {"CPU": 64}, most=3).decode.size == PoolSize(2, 5)
