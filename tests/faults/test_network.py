@@ -12,6 +12,7 @@ from featurex_ray.table.store import open_store
 from tests.faults.campaign import check_end, count_of, rows_of, tell_story
 from tests.faults.conftest import Record
 from tests.faults.proxy import BadNetwork, Proxy, careless_proxy, running
+from tests.faults.reader import Reader, summary
 
 
 def test_lost_requests_and_answers(
@@ -20,27 +21,32 @@ def test_lost_requests_and_answers(
     """R3. Whatever the outcome of a request, nothing that a plan relies on is deleted after it."""
     oracle = rows_of(tell_story(str(tmp_path / "oracle")))
     seeds, faults, requests = count_of("R3", 2, 100), 0, 0
-    for seed in range(seeds):
-        uri = f"{s3_root}/{seed}"
-        deleted: list[str] = []
+    with Reader() as reader:  # of the store itself: what it sees is what is there
+        for seed in range(seeds):
+            uri = f"{s3_root}/{seed}"
+            reader.look_at(uri)
+            deleted: list[str] = []
 
-        def watch(operation: str, moment: str, key: str, deleted: list[str] = deleted) -> None:
-            if (operation, moment) == ("delete", "before"):
-                deleted.append(key)
+            def watch(operation: str, moment: str, key: str, deleted: list[str] = deleted) -> None:
+                if (operation, moment) == ("delete", "before"):
+                    deleted.append(key)
 
-        proxy = BadNetwork(s3_server, seed=seed)
-        proxy.timeout_seconds = 0.05
-        with running(proxy):
-            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            tell_story(uri, watch)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-        check_end(uri, oracle)
-        collected = ("_featurex/t/staging/", "_featurex/t/leases/", "_featurex/clock/")
-        assert all(key.startswith(collected) for key in deleted), deleted
-        requests += proxy.counts.pop("requests")
-        faults += proxy.counts.total()
+            proxy = BadNetwork(s3_server, seed=seed)
+            proxy.timeout_seconds = 0.05
+            with running(proxy):
+                monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+                tell_story(uri, watch)
+            monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+            check_end(uri, oracle)
+            collected = ("_featurex/t/staging/", "_featurex/t/leases/", "_featurex/clock/")
+            assert all(key.startswith(collected) for key in deleted), deleted
+            requests += proxy.counts.pop("requests")
+            faults += proxy.counts.total()
+    reader.check()
     record(
-        "R3", f"{seeds} seeds, {faults:,} faults in {requests:,} requests; rows = oracle, 0 lost, 0 duplicate"
+        "R3",
+        f"{seeds} seeds, {faults:,} faults in {requests:,} requests; rows = oracle, 0 lost, 0 duplicate; "
+        f"meanwhile {summary(reader.counts)}",
     )
 
 
