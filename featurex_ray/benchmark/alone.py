@@ -49,6 +49,11 @@ class Costs:
     embed: dict[str, StageCost]
     device: str
 
+    @property
+    def seconds(self) -> float:
+        """Of a sample, one stage after the other."""
+        return sum(cost.seconds for cost in (self.fetch, self.decode, *self.embed.values()))
+
     def bound(self, num_cpus: int) -> float:
         """Samples a second that the machine allows.
 

@@ -26,6 +26,8 @@ from featurex_ray.pipeline.report import versions
 from featurex_ray.storage import ReadPolicy
 
 SAMPLES_ALONE = 200
+SECONDS_ALONE = 3.0
+"""Where the stages take less for so many, more of them: a few milliseconds measure little."""
 SMALL = 4
 """The small run of each pair has this fraction of the samples."""
 
@@ -204,17 +206,24 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
     extractors = [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
     precision = resolve_precision(settings.precision, gpu=gpu)
+
+    def measure(count: int) -> Costs:
+        manifest = pieces.manifest(folder / f"alone-{count}.parquet", count)
+        return measure_alone(
+            planned(manifest, count),
+            extractors,
+            policy=ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ()),
+            sampling=settings.sampling or extractors[0].spec.default_sampling,
+            precision=precision,
+            device=settings.device,
+            batch_size=settings.batch_size,
+        )
+
     count = min(SAMPLES_ALONE, len(pieces.rows))
-    manifest = pieces.manifest(folder / "alone.parquet", count)
-    costs = measure_alone(
-        planned(manifest, count),
-        extractors,
-        policy=ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ()),
-        sampling=settings.sampling or extractors[0].spec.default_sampling,
-        precision=precision,
-        device=settings.device,
-        batch_size=settings.batch_size,
-    )
+    costs = measure(count)
+    enough = min(math.ceil(SECONDS_ALONE / costs.seconds), len(pieces.rows))
+    if enough > count:
+        costs = measure(enough)
     return Benchmark(settings, precision, _num_cpus(settings), costs)
 
 
