@@ -1,6 +1,7 @@
 """A reader of table `t`'s plain files, in a process of its own, that polls all through a campaign."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -138,7 +139,8 @@ def main(folder: Path, pause: float) -> None:
     counts: Counter[str] = Counter()
     failed_before, last_error = 0, ""
     write_atomically(folder / "counts", "{}")  # it is there, its imports are done
-    while not (folder / "stop").exists():
+    parent = os.getppid()
+    while not (folder / "stop").exists() and os.getppid() == parent:
         time.sleep(pause)
         root = (folder / "root").read_text() if (folder / "root").exists() else ""
         if not root or is_empty(root):
