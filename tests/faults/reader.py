@@ -20,9 +20,6 @@ from pyarrow import fs
 from tests.conftest import CHECKOUT
 
 COLUMNS = ["sample_id", "clip_index", "num_clips"]
-TRIES = 5
-"""A scan that overlaps a replacement may fail; one of the next ones does not."""
-
 Row = tuple[str, int, int]
 
 
@@ -31,8 +28,8 @@ class Reader:
     """Polls the table below one root after another, from `with` to its end; `counts` says what it saw.
 
     Counts: `duckdb`, `pyarrow` (scans of tables that had files), `duplicates` and `halves` (scans that saw
-    a row twice, or a sample without all its clips), `errors` (scans that failed) and `lasting` (errors that
-    the next scans did not get rid of).
+    a row twice, or a sample without all its clips), `errors` (scans that failed) and `unexplained` (those
+    of them during which no object was replaced).
 
     Args:
         pause: Seconds between scans.
@@ -80,15 +77,17 @@ class Reader:
     def check(self) -> None:
         """Nothing seen that the protocol rules out."""
         assert self.counts["duckdb"], "it never saw a file"
-        bad = {name: self.counts[name] for name in ("duplicates", "halves", "lasting")}
+        bad = {name: self.counts[name] for name in ("duplicates", "halves", "unexplained")}
         assert not any(bad.values()), (bad, self.last_error)
 
 
 def summary(counts: Counter[str]) -> str:
     """In words, for a figure."""
+    overlapping = counts["errors"] - counts["unexplained"]
     return (
         f"{counts['duckdb']:,} DuckDB and {counts['pyarrow']:,} pyarrow polls: {counts['duplicates']} "
-        f"duplicates, {counts['halves']} halves, {counts['errors']} errors"
+        f"duplicates, {counts['halves']} halves, {overlapping} errors in scans that overlap a replacement, "
+        f"{counts['unexplained']} others"
     )
 
 
@@ -112,11 +111,15 @@ FRESH = {"skip_instance_cache": True, "use_listings_cache": False}
 SCANS = {"duckdb": scan_duckdb, "pyarrow": scan_pyarrow}
 
 
-def is_empty(root: str) -> bool:
-    """Of no files neither reader can say which columns they have."""
-    files, folder = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
-    below = files.get_file_info(fs.FileSelector(f"{folder}/t", recursive=True, allow_not_found=True))
-    return not any(info.path.endswith(".parquet") for info in below)
+def state(root: str) -> dict[str, object]:
+    """What tells one generation of each of the table's objects from another."""
+    files = fsspec.filesystem("s3", **FRESH) if "://" in root else fsspec.filesystem("file")
+    found = files.find(f"{root}/t", detail=True)
+    return {
+        path: info.get("ETag") or (info["ino"], info["size"], info["mtime"])
+        for path, info in found.items()
+        if path.endswith(".parquet")
+    }
 
 
 def look_into(rows: list[Row]) -> dict[str, int]:
@@ -137,24 +140,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 def main(folder: Path, pause: float) -> None:
     counts: Counter[str] = Counter()
-    failed_before, last_error = 0, ""
+    last_error = ""
     write_atomically(folder / "counts", "{}")  # it is there, its imports are done
     parent = os.getppid()
     while not (folder / "stop").exists() and os.getppid() == parent:
         time.sleep(pause)
         root = (folder / "root").read_text() if (folder / "root").exists() else ""
-        if not root or is_empty(root):
-            time.sleep(0.01)
+        if not root or not (before := state(root)):
+            time.sleep(0.01)  # of no files neither reader can say which columns they have
             continue
         which = min(SCANS, key=lambda name: counts[name])
         counts[which] += 1
         try:
             counts.update(look_into(SCANS[which](root)))
-            failed_before = 0
         except Exception as error:  # noqa: BLE001  whatever a user's reader may raise
-            failed_before += 1
-            last_error = f"{which}: {error}"[:300]
-            counts.update({"errors": 1, "lasting": int(failed_before == TRIES)})
+            after = state(root)
+            is_explained = any(after.get(path) != generation for path, generation in before.items())
+            counts.update({"errors": 1, "unexplained": int(not is_explained)})
+            if not is_explained:
+                last_error = f"{which}: {error}"
         write_atomically(folder / "counts", json.dumps(counts | {"last error": last_error}))
 
 
