@@ -1,5 +1,6 @@
 """`verify --deep`: what was extracted once is extracted again, and differences are found."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def test_verify_deep(table: Path) -> None:
     report = deep(table, num_samples=8)
     assert report.ok
     assert report.checked == {"samples extracted again": 8}
+
+
+def test_what_a_card_decoded_is_compared_without_one(table: Path) -> None:
+    facts = table.parent / "_featurex" / table.name / "table.json"
+    text = facts.read_text()
+    decoder = json.loads(text)["extractor"]["decoder"]
+    facts.write_text(text.replace(f'"{decoder}"', '"nvdec+pyav"'))
+    report = deep(table, num_samples=4)
+    assert report.ok, report.lines()
+    assert report.checked == {"samples extracted again": 4}
 
 
 def test_other_features_are_found(table: Path) -> None:
