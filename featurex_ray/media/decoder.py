@@ -59,6 +59,13 @@ class StreamHeader(NamedTuple):
     num_video_streams: int
     num_discarded_packets: int
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether any decoder sees the same: the only video stream, 8-bit 4:2:0, all its packets shown."""
+        return (
+            self.pixel_format == "yuv420p" and self.num_video_streams == 1 and self.num_discarded_packets == 0
+        )
+
 
 @dataclass(frozen=True)
 class Shown:

@@ -38,12 +38,7 @@ def preload() -> None:
 
 def reads_exactly(header: StreamHeader) -> bool:
     """Whether a container's header promises that decord gives the right frames."""
-    return (
-        (header.container, header.codec) in _EXACT_PAIRS
-        and header.pixel_format == "yuv420p"
-        and header.num_video_streams == 1
-        and header.num_discarded_packets == 0
-    )
+    return (header.container, header.codec) in _EXACT_PAIRS and header.is_plain
 
 
 class DecordDecoder:

@@ -52,13 +52,7 @@ def check() -> None:
 
 def reads_exactly(header: StreamHeader) -> bool:
     """Whether a container's header promises that the card decodes it, to the frames that PyAV lists."""
-    return (
-        header.container in _CONTAINERS
-        and header.codec in _CODECS
-        and header.pixel_format == "yuv420p"
-        and header.num_video_streams == 1
-        and header.num_discarded_packets == 0
-    )
+    return header.container in _CONTAINERS and header.codec in _CODECS and header.is_plain
 
 
 class NvdecDecoder:

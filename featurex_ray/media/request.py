@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from featurex_ray.errors import DecodeError, ProbeError, SampleError
-from featurex_ray.media import nvdec_backend
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage, decode_image, set_bomb_check
 from featurex_ray.media.limits import DEFAULT_LIMITS, MediaLimits
@@ -78,17 +77,11 @@ class SampleDecoder(Protocol):
 
 
 class InProcessDecoder:
-    """Decodes here: for media that are trusted not to bring their decoder down.
-
-    Raises:
-        RequestError: The policy asks for NVDEC, which this machine lacks.
-    """
+    """Decodes here: for media that are trusted not to bring their decoder down."""
 
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         set_bomb_check(options.limits)
-        if "nvdec" in options.policy:
-            nvdec_backend.check()
 
     def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
         """See `SampleDecoder`."""

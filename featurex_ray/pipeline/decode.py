@@ -15,6 +15,7 @@ from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
 from featurex_ray.job import Isolation, Partial
 from featurex_ray.manifest import read_inline
+from featurex_ray.media import nvdec_backend
 from featurex_ray.media.contained import DECODER, ContainedDecoder
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage
@@ -177,9 +178,15 @@ def whole_unit(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class DecodeMedia:
-    """Units -> units with frames. Safe to call from two threads: one fetches, one decodes."""
+    """Units -> units with frames. Safe to call from two threads: one fetches, one decodes.
+
+    Raises:
+        RequestError: It is to decode by NVDEC, which this machine lacks; cutting needs none.
+    """
 
     def __init__(self, settings: DecodeSettings) -> None:
+        if "nvdec" in settings.decoder:
+            nvdec_backend.check()
         limit_threads(1)  # one thread decodes, in the child; what is done here is little
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)

@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,6 +12,7 @@ import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
 from tests.conftest import CHECKOUT
 from tests.faults.conftest import Record
+from tests.faults.test_processes import children_of, end_all
 from tests.pipeline.test_run import many_photos
 
 SAMPLES = 384
@@ -59,12 +59,10 @@ def kill_at_half(manifest: Path, output: Path) -> int:
         assert driver.poll() is None, "the driver ended before half was staged"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    tree = psutil.Process(driver.pid).children(recursive=True)
-    for process in tree:
-        process.kill()
+    tree = children_of(driver.pid)
     driver.kill()
     driver.wait()
-    psutil.wait_procs(tree, timeout=20)  # what lives may go on staging
+    end_all(tree)  # what lives may go on staging
     return num_staged(table)
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from tests.faults.campaign import in_process
 from tests.faults.conftest import Record
+from tests.faults.reader import look_into, scan_duckdb
 from tests.table.conftest import FACTS, World
 
 WORLD = World(num_samples=12)
@@ -37,18 +38,6 @@ def write_naively(folder: str, kill_after: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def seen(folder: Path) -> list[tuple[str, int, int]]:
-    rows = duckdb.sql(f"SELECT sample_id, clip_index, num_clips FROM '{folder}/t/**/*.parquet'").fetchall()
-    return [(str(name), int(clip), int(total)) for name, clip, total in rows]
-
-
-def halves(rows: list[tuple[str, int, int]]) -> int:
-    found: dict[str, set[int]] = {}
-    for name, clip, _ in rows:
-        found.setdefault(name, set()).add(clip)
-    return sum(len(found[name]) < total for name, total in {(name, total) for name, _, total in rows})
-
-
 def test_a_naive_writer_is_caught(tmp_path: Path, record: Record) -> None:
     duckdb.sql("SELECT 1").fetchall()  # loaded before the writer starts
     writer = in_process(write_naively, str(tmp_path), 1)
@@ -56,16 +45,16 @@ def test_a_naive_writer_is_caught(tmp_path: Path, record: Record) -> None:
     while writer.is_alive():
         polls += 1
         try:
-            partial += bool(halves(seen(tmp_path)))
+            partial += look_into(scan_duckdb(str(tmp_path)))["halves"]
         except duckdb.Error:
             errors += 1
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
-    partial += bool(halves(seen(tmp_path)))
+    partial += look_into(scan_duckdb(str(tmp_path)))["halves"]
     assert partial, "no half sample was ever seen"
     assert errors, "no torn file was ever seen"
     write_naively(str(tmp_path), None)
-    rows = seen(tmp_path)
+    rows = scan_duckdb(str(tmp_path))
     duplicates = len(rows) - len(set(rows))
     assert duplicates, "no row was doubled by the rerun"
     record(
