@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from featurex_ray.errors import ExtractError
 from featurex_ray.models.build import Extractor, build
+from featurex_ray.models.inference import for_inference
 from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.models.spec import ExtractorSpec
 
@@ -110,7 +111,8 @@ class Embedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_frames = batch_frames or _default_batch(self.device.type, self.spec.input.height)
         self._dtype = _DTYPES[precision]
-        self._model = on_device(build(resolved.spec, resolved.weights), self.device)
+        network = for_inference(build(resolved.spec, resolved.weights), self._dtype)
+        self._model = on_device(network, self.device)
         self._normalise = Normalise(self.spec, self.device)
         self._copies = _copy_stream(self.device)
         self.num_rows = self.num_slots = 0  # of device batches so far: what they held, what they had room for

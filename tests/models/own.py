@@ -74,3 +74,20 @@ class WithoutSpec:
 
 class WithoutCall:
     spec = ExtractorSpec(dimension=3, input=SMALL)
+
+
+class NormFirst(nn.Module):
+    """Twice what its normalisation gives, which stands behind the convolution but runs before it."""
+
+    spec = ExtractorSpec(dimension=3, input=SMALL, mean=(0, 0, 0), std=(1, 1, 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+        nn.init.dirac_(self.conv.weight)
+        self.conv.weight.data *= 2
+        nn.init.ones_(self.norm.running_mean)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.conv(self.norm(frames.flatten(0, 1))).mean(dim=(2, 3))
