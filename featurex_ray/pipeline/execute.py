@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import DataContext, Dataset, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
@@ -104,27 +105,51 @@ class Tracker:
         Returns:
             How many samples became whole by them, and the assignments that became whole.
         """
-        whole = [row["assignment"] for row in staged.to_pylist() if self._completes(row)]
-        for assignment in whole:
-            self.left[assignment] -= 1
-        return len(whole), sorted({number for number in whole if self.left[number] == 0})
+        failed = failed_units(staged)
+        self._note_codes(staged.filter(pa.array(failed)))
+        settles = failed | self._is_last_unit(staged, failed)
+        assignment, row = staged["assignment"].to_numpy()[settles], staged["plan_row"].to_numpy()[settles]
+        count, whole = 0, []
+        for number in np.unique(assignment).tolist():
+            rows = np.unique(row[assignment == number])
+            rows = rows[self._todo[number][rows]]  # a unit that Ray did twice counts once
+            self._todo[number][rows] = False
+            self.left[number] -= len(rows)
+            count += len(rows)
+            if len(rows) and not self.left[number]:
+                whole.append(number)
+        return count, whole
 
-    def _completes(self, row: dict[str, Any]) -> bool:
-        """Whether this unit makes its sample whole; one that Ray did twice does so once."""
-        key = row["assignment"], row["plan_row"]
-        for codes, code in zip(self.codes, row["error_codes"], strict=True):
-            if code is not None:
-                codes.setdefault(key, code)
-        if not self._todo[key[0]][key[1]]:
-            return False
-        if row["num_units"] > 1 and not any(row["error_codes"]):
+    def _note_codes(self, failed: pa.Table) -> None:
+        for unit in failed.select(["assignment", "plan_row", "error_codes"]).to_pylist():
+            key = unit["assignment"], unit["plan_row"]
+            self._units.pop(key, None)
+            for codes, code in zip(self.codes, unit["error_codes"], strict=True):
+                if code is not None:
+                    codes.setdefault(key, code)
+
+    def _is_last_unit(self, staged: pa.Table, failed: np.ndarray) -> np.ndarray:
+        """(N,) bool: with this unit, all of its sample's are there."""
+        is_last: np.ndarray = staged["num_units"].to_numpy() == 1
+        parts = np.flatnonzero(~is_last & ~failed)
+        names = ["assignment", "plan_row", "unit_index", "num_units"]
+        for place, unit in zip(parts, staged.select(names).take(pa.array(parts)).to_pylist(), strict=True):
+            key = unit["assignment"], unit["plan_row"]
             units = self._units.setdefault(key, set())
-            units.add(row["unit_index"])
-            if len(units) < row["num_units"]:
-                return False
-        self._units.pop(key, None)
-        self._todo[key[0]][key[1]] = False
-        return True
+            units.add(unit["unit_index"])
+            if len(units) == unit["num_units"]:
+                is_last[place] = True
+                del self._units[key]
+        return is_last
+
+
+def failed_units(staged: pa.Table) -> np.ndarray:
+    """(N,) bool: units (schema `STAGED`) that failed for one of the tables."""
+    codes = staged["error_codes"].combine_chunks()
+    has_code = pc.list_flatten(codes).is_valid().to_numpy(False)
+    failed = np.zeros(len(codes), bool)
+    failed[pc.list_parent_indices(codes).to_numpy()[has_code]] = True
+    return failed
 
 
 def run_pipeline(work: Work, watched: Watched) -> Iterator[pa.Table]:

@@ -40,7 +40,7 @@ from featurex_ray.pipeline.deploy import (
     deploy,
     most_actors,
 )
-from featurex_ray.pipeline.execute import Tracker, Work, first_line, run_pipeline
+from featurex_ray.pipeline.execute import Tracker, Work, failed_units, first_line, run_pipeline
 from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.preflight import ask_nodes
 from featurex_ray.pipeline.progress import Progress, Silent
@@ -382,7 +382,7 @@ def _execute(
             report.count(staged)
             samples, whole = tracker.add(staged)
             report.watched.samples += samples
-            failed = sum(any(codes) for codes in staged["error_codes"].to_pylist())
+            failed = int(failed_units(staged).sum())
             clips = pc.sum(staged["num_unit_clips"]).as_py() or 0
             progress.advance(samples=samples, clips=clips, failed=failed)
             metrics.count("featurex_samples_total", samples)

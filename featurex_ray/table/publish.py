@@ -8,10 +8,10 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,7 +21,7 @@ from featurex_ray.errors import StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.log import Plan, open_parquet, read_plan
 from featurex_ray.table.probe import require_multipart
-from featurex_ray.table.staging import Unit, choose, part_keys, read_failures, read_part, units_of
+from featurex_ray.table.staging import ATTEMPTS, attempts_of, choose, part_keys, read_failures, read_part
 from featurex_ray.table.store import Body, ObjectStore, attempts, ensure, settle
 
 ROW_GROUP_BYTES = 64 * 2**20
@@ -149,8 +149,8 @@ def merge(store: ObjectStore, facts: TableFacts, plan: Plan, base: _Target | Non
     for number, key in enumerate([] if plan.kind == "prune" else part_keys(store, facts, plan), start=1):
         part = read_part(store, facts, plan, key)
         sources.append(_mapped(part.to_batches(), schemas.PART, folder / f"part-{number}"))
-    pieces = [*_runs(sources[_KEPT]), *_staged_units(sources, samples, plan)]
-    pieces.sort()
+    pieces = pa.concat_tables([_runs(sources[_KEPT]), _staged_units(sources, samples, plan)])
+    pieces = pieces.sort_by([(name, "ascending") for name in ("sample_id", "unit_index", "start")])
     return _write_object(facts, plan, samples, sources, pieces, folder / "merged")
 
 
@@ -174,41 +174,39 @@ def _mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path) ->
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _runs(kept: pa.Table) -> Iterator[Unit]:
-    """The kept rows, a piece for each run of one sample."""
-    start = 0
-    for chunk in kept["sample_id"].chunks:
-        runs = pc.run_end_encode(chunk)
-        stops = [start + end for end in runs.run_ends.to_pylist()]
-        for name, stop in zip(runs.values.to_pylist(), stops, strict=True):
-            yield Unit(name, "", 1, 0, _KEPT, start, stop, False)
-            start = stop
+def _runs(kept: pa.Table) -> pa.Table:
+    """The kept rows, a piece for each run of one sample, as units are (`ATTEMPTS`)."""
+    units = [pa.repeat(value, kept.num_rows) for value in ("", 1, 0)]
+    names = ["sample_id", "etag", "num_units", "unit_index", "error"]
+    return attempts_of(pa.table([kept["sample_id"], *units, pa.nulls(kept.num_rows)], names=names), _KEPT)
 
 
-def _staged_units(sources: list[pa.Table], samples: pa.Table, plan: Plan) -> list[Unit]:
-    """The units of the plan's good samples, one attempt of each.
+def _staged_units(sources: list[pa.Table], samples: pa.Table, plan: Plan) -> pa.Table:
+    """The units of the plan's good samples, one attempt of each (`ATTEMPTS`).
 
     Raises:
         TableDamagedError: A sample isn't staged, or isn't the plan's.
     """
+    found = [attempts_of(rows, number) for number, rows in enumerate(sources) if number != _KEPT]
+    chosen = choose(pa.concat_tables([ATTEMPTS.empty_table(), *found]))
     if plan.kind == "prune":
-        return []
-    found = list(choose(unit for n, rows in enumerate(sources[1:], start=1) for unit in units_of(rows, n)))
-    planned, staged = set(samples["sample_id"].to_pylist()), {sample.sample_id for sample in found}
+        return chosen.units
+    planned = samples["sample_id"].combine_chunks()
+    staged = pa.concat_arrays([chosen.units["sample_id"].combine_chunks().unique(), chosen.failed])
     for wrong, what in (
-        (planned - staged, "not wholly staged"),
-        (staged - planned, "staged but not planned"),
+        (planned.filter(pc.invert(pc.is_in(planned, staged))), "not wholly staged"),
+        (staged.filter(pc.invert(pc.is_in(staged, planned))), "staged but not planned"),
     ):
-        if wrong:
+        if len(wrong):
             raise TableDamagedError(
                 f"plan {plan.plan_id} of {plan.dataset}: {len(wrong)} samples are {what}, "
-                f"such as {min(wrong)!r}"
+                f"such as {pc.min(wrong).as_py()!r}"
             )
-    return [unit for sample in found for unit in sample.units]
+    return chosen.units
 
 
 def _write_object(
-    facts: TableFacts, plan: Plan, samples: pa.Table, sources: list[pa.Table], pieces: list[Unit], path: Path
+    facts: TableFacts, plan: Plan, samples: pa.Table, sources: list[pa.Table], pieces: pa.Table, path: Path
 ) -> Path:
     run_ids: set[str] = set()
     with pq.ParquetWriter(
@@ -240,55 +238,44 @@ def _marks(facts: TableFacts, plan: Plan) -> dict[str, str]:
     }
 
 
-def _cut(pieces: list[Unit], sources: list[pa.Table]) -> Iterator[list[Unit]]:
+def _cut(pieces: pa.Table, sources: list[pa.Table]) -> Iterator[pa.Table]:
     """Pieces in groups of about `ROW_GROUP_BYTES`."""
-    row_bytes = [rows.nbytes / max(1, rows.num_rows) for rows in sources]
-    group: list[Unit] = []
-    size = 0.0
-    for piece in pieces:
-        group.append(piece)
-        size += (piece.stop - piece.start) * row_bytes[piece.source]
-        if size >= ROW_GROUP_BYTES:
-            yield group
-            group, size = [], 0.0
-    if group:
-        yield group
+    row_bytes = np.array([rows.nbytes / max(1, rows.num_rows) for rows in sources])
+    lengths = pieces["stop"].to_numpy() - pieces["start"].to_numpy()
+    ends = np.cumsum(lengths * row_bytes[pieces["source"].to_numpy()])
+    start, done = 0, 0.0
+    while start < len(ends):
+        stop = min(int(np.searchsorted(ends, done + ROW_GROUP_BYTES)) + 1, len(ends))
+        yield pieces.slice(start, stop - start)
+        start, done = stop, ends[stop - 1]
 
 
-def _gather(facts: TableFacts, samples: pa.Table, sources: list[pa.Table], group: list[Unit]) -> pa.Table:
+def _gather(facts: TableFacts, samples: pa.Table, sources: list[pa.Table], group: pa.Table) -> pa.Table:
     """The rows of one row group, in order. Each source is touched in one stretch, or nearly."""
     found = []
-    for source, pieces in groupby(sorted(group, key=_by_place), key=lambda piece: piece.source):
+    for source in pc.unique(group["source"]).to_pylist():
+        pieces = group.filter(pc.equal(group["source"], source))
         slices = [sources[source].slice(start, stop - start) for start, stop in _stretches(pieces)]
         rows = pa.concat_tables(slices)
         found.append(rows if source == _KEPT else _features(facts, samples, rows))
     return pa.concat_tables(found).sort_by([("sample_id", "ascending"), ("clip_index", "ascending")])
 
 
-def _by_place(piece: Unit) -> tuple[int, int]:
-    return piece.source, piece.start
-
-
-def _stretches(pieces: Iterable[Unit]) -> Iterator[tuple[int, int]]:
-    start = stop = 0
-    for piece in pieces:
-        if piece.start != stop:
-            if stop > start:
-                yield start, stop
-            start = piece.start
-        stop = piece.stop
-    yield start, stop
+def _stretches(pieces: pa.Table) -> Iterator[tuple[int, int]]:
+    """Pieces of one source as [start, stop), in order; those that follow each other are one."""
+    starts, stops = np.sort(pieces["start"].to_numpy()), np.sort(pieces["stop"].to_numpy())
+    is_new = np.append(True, starts[1:] != stops[:-1])
+    yield from zip(starts[is_new].tolist(), stops[np.append(is_new[1:], True)].tolist(), strict=True)
 
 
 def _features(facts: TableFacts, samples: pa.Table, rows: pa.Table) -> pa.Table:
     """Staged rows as feature rows: what the media says from the part, the rest from the plan."""
-    planned = samples.take(pc.index_in(rows["sample_id"], samples["sample_id"].combine_chunks()))
-    columns = []
-    for item in facts.features_schema:
-        if item.name == "extractor_revision":
-            columns.append(pa.repeat(pa.scalar(facts.revision), rows.num_rows))
-        else:
-            columns.append((rows if item.name in rows.column_names else planned)[item.name])
+    names = [name for name in facts.features_schema.names if name not in rows.column_names]
+    planned = samples.select([name for name in names if name != "extractor_revision"])
+    planned = planned.take(pc.index_in(rows["sample_id"], samples["sample_id"].combine_chunks()))
+    revision = pa.repeat(pa.scalar(facts.revision), rows.num_rows)
+    planned = planned.append_column("extractor_revision", revision)
+    columns = [(planned if item.name in names else rows)[item.name] for item in facts.features_schema]
     return pa.Table.from_arrays(columns, schema=facts.features_schema)
 
 
@@ -296,28 +283,51 @@ class WholeSamples:
     """Whole samples, each once, in order: checked on what is written, wherever it came from."""
 
     def __init__(self) -> None:
-        self._sample = ""
-        self._clip = -1
-        self._num_clips = 0
+        self._last: pa.Table = pa.table([[""], [-1], [0]], schema=_PLACES)
 
     def check(self, rows: pa.Table) -> None:
-        """Continues with the next rows."""
-        columns = (rows[name].to_pylist() for name in ("sample_id", "clip_index", "num_clips"))
-        for sample, clip, num_clips in zip(*columns, strict=True):
-            if clip == 0 and (sample > self._sample or self._clip < 0):
-                self.check_end()
-            elif sample != self._sample or clip != self._clip + 1 or num_clips != self._num_clips:
-                raise TableDamagedError(
-                    f"sample {sample!r}: clip {clip} of {num_clips} is doubled or out of place"
-                )
-            self._sample, self._clip, self._num_clips = sample, clip, num_clips
+        """Continues with the next rows.
+
+        Raises:
+            TableDamagedError: A clip is missing, doubled or out of place.
+        """
+        places = rows.select(_PLACES.names).replace_schema_metadata(None).cast(_PLACES)
+        before = pa.concat_tables([self._last, places])
+        self._last = before.slice(rows.num_rows)
+        before = before.slice(0, rows.num_rows)
+        clip, was = places["clip_index"].to_numpy(), before["clip_index"].to_numpy()
+        total, had = places["num_clips"].to_numpy(), before["num_clips"].to_numpy()
+        later = pc.greater(places["sample_id"], before["sample_id"]).to_numpy()
+        same = pc.equal(places["sample_id"], before["sample_id"]).to_numpy()
+        begins = (clip == 0) & (later | (was < 0))
+        follows = same & (clip == was + 1) & (total == had)
+        for row in np.flatnonzero(np.where(begins, was + 1 != had, ~follows))[:1].tolist():
+            if begins[row]:
+                _require_whole(before.slice(row, 1))
+            raise TableDamagedError(
+                f"sample {places['sample_id'][row].as_py()!r}: clip {clip[row]} of {total[row]} is doubled "
+                "or out of place"
+            )
 
     def check_end(self) -> None:
-        """The sample so far must be whole."""
-        if self._clip + 1 != self._num_clips:
-            raise TableDamagedError(
-                f"sample {self._sample!r} has {self._clip + 1} of {self._num_clips} clips"
-            )
+        """The sample so far must be whole.
+
+        Raises:
+            TableDamagedError: It isn't.
+        """
+        _require_whole(self._last)
+
+
+_PLACES = pa.schema([("sample_id", pa.string()), ("clip_index", pa.int32()), ("num_clips", pa.int32())])
+
+
+def _require_whole(last: pa.Table) -> None:
+    """`last` is the last row of a sample."""
+    row = last.to_pylist()[0]
+    if row["clip_index"] + 1 != row["num_clips"]:
+        raise TableDamagedError(
+            f"sample {row['sample_id']!r} has {row['clip_index'] + 1} of {row['num_clips']} clips"
+        )
 
 
 def finish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published | None:

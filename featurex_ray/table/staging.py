@@ -4,9 +4,8 @@ Invariant: a part is written once, whole, under a name of its own, and never cha
 is a fact; resume is the plan minus what is staged.
 """
 
-import itertools
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
@@ -32,24 +31,31 @@ _ORDER = [
 ]
 
 
-class Unit(NamedTuple):
-    """One attempt at a unit: rows [start, stop) of a source. Sorts by sample, then attempt."""
-
-    sample_id: str
-    etag: str
-    num_units: int
-    unit_index: int
-    source: int
-    start: int
-    stop: int
-    failed: bool
+ATTEMPTS = pa.schema(
+    [
+        pa.field("sample_id", pa.string()),
+        pa.field("etag", pa.string()),  # empty where there is none
+        pa.field("num_units", pa.int32()),
+        pa.field("unit_index", pa.int32()),
+        pa.field("source", pa.int32()),
+        pa.field("start", pa.int64()),
+        pa.field("stop", pa.int64()),
+        pa.field("failed", pa.bool_()),
+    ]
+)
+"""Attempts at units: each is the rows [start, stop) of a source."""
 
 
 class Chosen(NamedTuple):
-    """What a sample's staged attempts come to: its units in order, or none where it failed."""
+    """What the attempts at some samples' units come to.
 
-    sample_id: str
-    units: list[Unit]
+    Attributes:
+        units: One attempt of each unit of the good samples (`ATTEMPTS`), by sample and unit.
+        failed: The samples that failed whole, in order.
+    """
+
+    units: pa.Table
+    failed: pa.Array
 
 
 @dataclass(frozen=True)
@@ -135,49 +141,71 @@ def _check_marks(store: ObjectStore, facts: TableFacts, plan: Plan, key: str, sc
         )
 
 
-def units_of(rows: pa.Table, source: int) -> Iterator[Unit]:
-    """The units of a part's rows, in the order of the rows."""
-    if not rows.num_rows:
-        return
-    etags = pc.fill_null(rows["etag"], "").to_pylist()
-    ids, units = rows["sample_id"].to_pylist(), rows["unit_index"].to_pylist()
-    totals, failed = rows["num_units"].to_pylist(), rows["error"].is_valid().to_pylist()
-    start = 0
-    for mark, run in itertools.groupby(zip(ids, etags, totals, units, strict=True)):
-        stop = start + sum(1 for _ in run)
-        yield Unit(*mark, source, start, stop, any(failed[start:stop]))
-        start = stop
+def attempts_of(rows: pa.Table, source: int) -> pa.Table:
+    """The attempts (`ATTEMPTS`) that a part's rows are, in the order of the rows."""
+    rows = rows.select(UNIT_COLUMNS).combine_chunks()
+    marks = pa.table(
+        [rows["sample_id"], pc.fill_null(rows["etag"], ""), rows["num_units"], rows["unit_index"]],
+        names=ATTEMPTS.names[:4],
+    )
+    starts = np.flatnonzero(first_of_runs(marks, ATTEMPTS.names[:4]))
+    failures = np.append(0, np.cumsum(rows["error"].is_valid().to_numpy()))
+    stops = np.append(starts, rows.num_rows)[1:]
+    columns = [pa.repeat(source, len(starts)), starts, stops, failures[stops] > failures[starts]]
+    return pa.table([*marks.take(pa.array(starts)).columns, *columns], schema=ATTEMPTS)
 
 
-def choose(units: Iterable[Unit]) -> Iterator[Chosen]:
+def first_of_runs(rows: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """(N,) bool: rows that differ from the row before in one of the columns; the first one does."""
+    first = np.zeros(rows.num_rows, bool)
+    first[:1] = True
+    for name in names:
+        column = rows[name].combine_chunks()
+        first[1:] |= pc.not_equal(column.slice(1), column.slice(0, max(len(column) - 1, 0))).to_numpy(False)
+    return first
+
+
+def choose(attempts: pa.Table) -> Chosen:
     """Picks one attempt of each unit, all of one sample from one generation of its media.
 
     A sample is good if one generation has every unit; else it failed whole. A sample that is
     neither wholly there nor failed is left out: it isn't staged.
+
+    Args:
+        attempts: In the schema `ATTEMPTS`, in any order.
     """
-    for sample_id, attempts in itertools.groupby(sorted(units), key=lambda unit: unit.sample_id):
-        tries = list(attempts)
-        for (_, num_units), same in itertools.groupby(tries, key=lambda unit: (unit.etag, unit.num_units)):
-            first: dict[int, Unit] = {}
-            for unit in same:
-                if not unit.failed:
-                    first.setdefault(unit.unit_index, unit)
-            if sorted(first) == list(range(num_units)):
-                yield Chosen(sample_id, [first[index] for index in range(num_units)])
-                break
-        else:
-            if any(unit.failed for unit in tries):
-                yield Chosen(sample_id, [])
+    attempts = attempts.sort_by([(name, "ascending") for name in ATTEMPTS.names[:6]])
+    sample = np.cumsum(first_of_runs(attempts, ["sample_id"])) - 1
+    failed = attempts["failed"].to_numpy()
+    units = attempts.filter(pa.array(~failed))
+    is_first = first_of_runs(units, ["sample_id", "etag", "num_units", "unit_index"])
+    units, of_sample = units.filter(pa.array(is_first)), sample[~failed][is_first]
+
+    generation = np.cumsum(first_of_runs(units, ["sample_id", "etag", "num_units"])) - 1
+    first = np.flatnonzero(np.diff(generation, prepend=-1))
+    last = np.append(first, len(generation))[1:] - 1
+    index, num_units = units["unit_index"].to_numpy(), units["num_units"].to_numpy()
+    # Units are distinct and in order, so the first and the last say whether all are there.
+    is_whole = (index[first] == 0) & (index[last] + 1 == num_units[first]) & (last - first == index[last])
+    _, taken = np.unique(of_sample[first][is_whole], return_index=True)
+    is_taken = np.zeros(len(first), bool)
+    is_taken[np.flatnonzero(is_whole)[taken]] = True
+
+    is_good = np.zeros(attempts.num_rows, bool)
+    is_good[of_sample[first][is_taken]] = True
+    ids = attempts["sample_id"].filter(pa.array(failed & ~is_good[sample])).unique()
+    return Chosen(units.filter(pa.array(is_taken[generation])), ids)
 
 
 def staged_samples(store: ObjectStore, facts: TableFacts, plan: Plan) -> set[str]:
     """The samples of a plan that need no more work: wholly staged, or failed."""
-    units: list[Unit] = []
+    found = [ATTEMPTS.empty_table()]
     for source, key in enumerate(part_keys(store, facts, plan)):
         with open_parquet(store, key) as (file, _):
             _check_marks(store, facts, plan, key, file.schema_arrow)
-            units.extend(units_of(file.read(UNIT_COLUMNS), source))
-    return {chosen.sample_id for chosen in choose(units)}
+            found.append(attempts_of(file.read(UNIT_COLUMNS), source))
+    chosen = choose(pa.concat_tables(found))
+    return {*chosen.units["sample_id"].to_pylist(), *chosen.failed.to_pylist()}
 
 
 def read_failures(store: ObjectStore, facts: TableFacts, plan: Plan, failed: pa.Array) -> pa.Table:
