@@ -28,6 +28,8 @@ EXIT_FAILED = 1
 EXIT_REQUEST = 2
 EXIT_TOO_MANY_FAILURES = 3
 
+PEERS = ("dataloader", "ray-data")
+
 GROUP_TITLES = {
     "data": "Data",
     "model": "Model",
@@ -440,7 +442,11 @@ def retry(table: str, code: str | None, dataset: str | None, weights: str | None
 @click.option("--samples", default=1000, show_default=True, help="Samples of the large run.")
 @click.option("--repeats", default=1, show_default=True, help="Of every run; medians are shown.")
 @click.option(
-    "--compare", is_flag=True, help="Also run a torch DataLoader loop, and Ray Data as its docs show."
+    "--compare",
+    is_flag=False,
+    flag_value="all",
+    type=click.Choice(["all", *PEERS]),
+    help="Also run a torch DataLoader loop, and Ray Data as its docs show; or only one of them.",
 )
 @click.option(
     "--latency-ms", default=0.0, metavar="MS", help="Also run from an S3 server that adds this to each GET."
@@ -461,7 +467,12 @@ def retry(table: str, code: str | None, dataset: str | None, weights: str | None
 @click.option("--plot", metavar="FILE.png", help="Draw how busy the stages were over time, or the sweep.")
 @click.option("--json", "path", metavar="FILE", help="Write all figures there as well.")
 def benchmark(
-    path: str | None, plot: str | None, media: str | None, axis: "Axis | None", **options: Any
+    path: str | None,
+    plot: str | None,
+    media: str | None,
+    axis: "Axis | None",
+    compare: str | None,
+    **options: Any,
 ) -> None:
     """Measure this machine: each stage alone, the bound they imply, and runs against it.
 
@@ -477,7 +488,8 @@ def benchmark(
     def say(line: str) -> None:
         click.echo(line, err=True)
 
-    settings = measure.Settings(media=media or str(MEDIA / "images"), **options)
+    peers = PEERS if compare == "all" else [compare] if compare else []
+    settings = measure.Settings(media=media or str(MEDIA / "images"), compare=peers, **options)
     if axis:
         found: Benchmark | Sweep = measure.measure_growth(settings, axis, say)
     else:

@@ -1,8 +1,12 @@
 """What each stage costs when it runs alone, and the bound that follows."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,9 @@ from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, Media, fetch_media, whole_unit
 from featurex_ray.pipeline.extract import frame_array
 from featurex_ray.storage import Fetcher, ReadPolicy
+
+SECONDS_TO_WAIT = 300.0
+"""For the slowest of the processes that measure at once; one that failed ends the others so."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ def measure_alone(
     precision: str,
     device: str | None,
     batch_size: int | None,
+    begin: Callable[[], Any] = lambda: None,
 ) -> Costs:
     """Fetch, decode and embed some samples in this process, one stage after the other.
 
@@ -86,6 +94,7 @@ def measure_alone(
         precision: Resolved.
         device: Such as `cuda`; None for a GPU where there is one.
         batch_size: Frames of a device batch, None for the default.
+        begin: Called before each stage, when all is ready for it.
 
     Raises:
         RequestError: Not one sample could be decoded.
@@ -103,16 +112,52 @@ def measure_alone(
     )
     with Fetcher(policy) as fetcher:
         fetch_media(rows[:4], fetcher)  # first connections and imports are start-up, not the stage
+        begin()
         fetch, media = _measured(len(rows), lambda: fetch_media(rows, fetcher))
-    decode, units = _decode_alone(settings, rows, media)
+    decode, units = _decode_alone(settings, rows, media, begin)
     embed, where = {}, ""
     for extractor in extractors:
         embedder = Embedder(
             extractor, precision=precision, device=device, batch_frames=batch_size, num_threads=1
         )
-        embed[extractor.spec.name] = _embed_alone(embedder, units, inputs.index(extractor.spec.input))
+        embed[extractor.spec.name] = _embed_alone(embedder, units, inputs.index(extractor.spec.input), begin)
         where = str(embedder.device)
     return Costs(len(rows), fetch, decode, embed, where)
+
+
+def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:
+    """The same in as many processes at once as there are CPUs, stage by stage; the means.
+
+    CPUs that are all busy are slower than one alone: they share caches, memory, the clock's limits, and
+    two of them are often one core.
+
+    Args:
+        measure: `measure_alone` with all its arguments but `begin`.
+        num_cpus: Of this machine.
+    """
+    context = get_context("spawn")
+    barrier = context.Barrier(num_cpus, timeout=SECONDS_TO_WAIT)
+    with ProcessPoolExecutor(num_cpus, context, _wait_at, (barrier,)) as pool:
+        found = [done.result() for done in [pool.submit(_measure_in_step, measure) for _ in range(num_cpus)]]
+    embed = {name: _mean([each.embed[name] for each in found]) for name in found[0].embed}
+    fetch, decode = _mean([each.fetch for each in found]), _mean([each.decode for each in found])
+    return Costs(found[0].samples, fetch, decode, embed, found[0].device)
+
+
+def _wait_at(barrier: Barrier) -> None:
+    global _barrier  # noqa: PLW0603  a barrier is handed to a process when it starts, not with its work
+    _barrier = barrier
+
+
+_barrier: Barrier | None = None
+
+
+def _measure_in_step(measure: Callable[..., Costs]) -> Costs:
+    return measure(begin=_barrier.wait if _barrier else None)
+
+
+def _mean(costs: Sequence[StageCost]) -> StageCost:
+    return StageCost(statistics.mean(c.cpu_seconds for c in costs), statistics.mean(c.seconds for c in costs))
 
 
 def _measured(samples: int, work: Callable[[], Any]) -> tuple[StageCost, Any]:
@@ -123,11 +168,12 @@ def _measured(samples: int, work: Callable[[], Any]) -> tuple[StageCost, Any]:
 
 
 def _decode_alone(
-    settings: DecodeSettings, rows: list[dict[str, Any]], media: dict[Any, Media]
+    settings: DecodeSettings, rows: list[dict[str, Any]], media: dict[Any, Media], begin: Callable[[], Any]
 ) -> tuple[StageCost, pa.Table]:
     decode = DecodeMedia(settings)
     units = [whole_unit(row) for row in rows]
     decode.decode(units[:4], media, fetch_seconds=0.0)
+    begin()
     cost, decoded = _measured(len(rows), lambda: decode.decode(units, media, fetch_seconds=0.0))
     good = decoded.filter(decoded["error"].is_null())
     if not len(good):
@@ -136,9 +182,10 @@ def _decode_alone(
     return cost, good
 
 
-def _embed_alone(embedder: Embedder, units: pa.Table, index: int) -> StageCost:
+def _embed_alone(embedder: Embedder, units: pa.Table, index: int, begin: Callable[[], Any]) -> StageCost:
     frames = frame_array(units[f"frames_{index}"], embedder.spec.input)
     lengths = np.array([c["num_frames"] for clips in units["clips"].to_pylist() for c in clips])
     first = max(int(np.searchsorted(np.cumsum(lengths), embedder.batch_frames)), 1)
     embedder.embed(frames[: lengths[:first].sum()], lengths[:first])
+    begin()
     return _measured(len(units), lambda: embedder.embed(frames, lengths))[0]

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import fsspec
 import pyarrow as pa
 import torch
 
-from featurex_ray.benchmark.alone import Costs, measure_alone
-from featurex_ray.benchmark.contenders import PEER_NAMES, Contender, ours, peer
+from featurex_ray.benchmark.alone import Costs, measure_alone, measure_on_all_cpus
+from featurex_ray.benchmark.contenders import Contender, ours, peer
 from featurex_ray.benchmark.latency import slow_s3
 from featurex_ray.benchmark.plot import plot_occupancy
 from featurex_ray.benchmark.sweep import Axis, Sweep, sweep
@@ -52,7 +53,7 @@ class Settings:
         batch_size: As given to `extract`.
         address: Of a Ray cluster; None for a local one.
         with_ray: Whether there are runs, or the stages alone.
-        compare: Whether the peers do the same work.
+        compare: Which peers do the same work, of `contenders.PEER_NAMES`.
         latency_ms: Added to each GET of one more comparison, 0 for none.
     """
 
@@ -67,7 +68,7 @@ class Settings:
     batch_size: int | None = None
     address: str | None = None
     with_ray: bool = True
-    compare: bool = False
+    compare: Sequence[str] = ()
     latency_ms: float = 0.0
 
 
@@ -77,7 +78,8 @@ class Benchmark:
 
     Attributes:
         num_cpus: Of this process, or of the cluster that ran ours.
-        costs: The stages alone.
+        costs: The stages alone, one CPU busy.
+        busy: The same with all CPUs of this machine busy, where there are several and they embed.
         contenders: Ours first.
         slow: Ours from an S3 server, without and with the delay.
     """
@@ -86,6 +88,7 @@ class Benchmark:
     precision: str
     num_cpus: int
     costs: Costs
+    busy: Costs | None = None
     contenders: list[Contender] = field(default_factory=list)
     slow: list[Contender] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
@@ -93,7 +96,7 @@ class Benchmark:
     @property
     def bound(self) -> float:
         """Samples a second that the machine allows."""
-        return self.costs.bound(self.num_cpus)
+        return (self.busy or self.costs).bound(self.num_cpus)
 
     def plot(self) -> bytes | None:
         """A PNG of how busy the stages were in our last run, if there was one."""
@@ -109,6 +112,7 @@ class Benchmark:
             "precision": self.precision,
             "num_cpus": self.num_cpus,
             "costs": asdict(self.costs),
+            "busy": self.busy and asdict(self.busy),
             "bound": self.bound,
             "contenders": [each.to_json() for each in self.contenders],
             "slow": [each.to_json() for each in self.slow],
@@ -118,11 +122,10 @@ class Benchmark:
     def lines(self) -> list[str]:
         """The measurement as a person reads it."""
         wanted = self.settings
-        embed = ", ".join(f"{n} {1000 * c.cpu_seconds:.2f}" for n, c in self.costs.embed.items())
         lines = [
             f"{', '.join(wanted.extractors)} on {self.costs.device}, {self.precision}, {self.num_cpus} CPUs",
-            f"  alone     fetch {1000 * self.costs.fetch.cpu_seconds:.2f}, decode "
-            f"{1000 * self.costs.decode.cpu_seconds:.2f}, embed {embed} CPU ms a sample",
+            f"  alone     {_costs_line(self.costs)}",
+            *([f"  all CPUs  {_costs_line(self.busy)}, all of them busy"] if self.busy else []),
             f"  bound     {self.bound:.1f} samples/s",
         ]
         if not self.contenders:
@@ -166,6 +169,13 @@ class Benchmark:
             )
 
 
+def _costs_line(costs: Costs) -> str:
+    stages = {"fetch": costs.fetch, "decode": costs.decode}
+    stages |= {f"embed {name}": cost for name, cost in costs.embed.items()}
+    each = ", ".join(f"{name} {1000 * cost.cpu_seconds:.2f}" for name, cost in stages.items())
+    return f"{each} CPU ms a sample"
+
+
 def benchmark(settings: Settings, say: Say) -> Benchmark:
     """Measure extractors on media.
 
@@ -207,9 +217,10 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
     precision = resolve_precision(settings.precision, gpu=gpu)
 
-    def measure(count: int) -> Costs:
+    def measurement(count: int) -> Callable[..., Costs]:
         manifest = pieces.manifest(folder / f"alone-{count}.parquet", count)
-        return measure_alone(
+        return partial(
+            measure_alone,
             planned(manifest, count),
             extractors,
             policy=ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ()),
@@ -220,11 +231,15 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
         )
 
     count = min(SAMPLES_ALONE, len(pieces.rows))
-    costs = measure(count)
+    costs = measurement(count)()
     enough = min(math.ceil(SECONDS_ALONE / costs.seconds), len(pieces.rows))
     if enough > count:
-        costs = measure(enough)
-    return Benchmark(settings, precision, _num_cpus(settings), costs)
+        costs = measurement(enough)()
+    result = Benchmark(settings, precision, _num_cpus(settings), costs)
+    here = len(os.sched_getaffinity(0))
+    if costs.device == "cpu" and here > 1:
+        result.busy = measure_on_all_cpus(measurement(max(count, enough)), here)
+    return result
 
 
 def _num_cpus(settings: Settings) -> int:
@@ -241,11 +256,10 @@ def _num_cpus(settings: Settings) -> int:
 
 
 def _contenders(settings: Settings, result: Benchmark, pieces: Pieces) -> list[Contender]:
-    peers = PEER_NAMES if settings.compare else ()
     extractor, weights = next(iter(_weights(settings).items()))
     return [
         ours(_options(settings, result.precision, pieces.prefix)),
-        *(peer(name, extractor, weights, result.num_cpus) for name in peers),
+        *(peer(name, extractor, weights, result.num_cpus) for name in settings.compare),
     ]
 
 

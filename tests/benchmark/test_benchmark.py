@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from featurex_ray.benchmark.alone import Costs, StageCost
+from featurex_ray.benchmark.alone import Costs, StageCost, measure_on_all_cpus
 from featurex_ray.benchmark.contenders import Contender, Timed
 from featurex_ray.benchmark.latency import SlowProxy
 from featurex_ray.benchmark.measure import Settings, benchmark
@@ -54,6 +56,30 @@ def test_the_bound(device: str, bound: float) -> None:
     stage = StageCost(0.005, 0.005)
     costs = Costs(10, stage, stage, {"a": StageCost(0.010, 0.010), "b": StageCost(0.020, 0.020)}, device)
     assert costs.bound(2) == pytest.approx(bound)
+
+
+def slower_when_busy(*, begin: Callable[[], object] = lambda: None) -> Costs:
+    begin()
+    here = StageCost(0.001 * os.getpid(), 0.002)
+    return Costs(7, here, here, {"a": here}, "cpu")
+
+
+def test_the_stages_on_all_cpus_are_the_mean_of_as_many_processes() -> None:
+    found = measure_on_all_cpus(slower_when_busy, 2)
+    assert found.samples == 7
+    pids = 1000 * found.fetch.cpu_seconds
+    assert pids > os.getpid()
+    assert found.embed["a"] == found.decode == found.fetch
+    assert found.fetch.seconds == pytest.approx(0.002)
+
+
+def test_the_bound_is_that_of_busy_cpus() -> None:
+    result = benchmark(
+        Settings(str(MEDIA / "images"), extractors=["attention_convnet"], with_ray=False), print
+    )
+    assert result.busy is not None
+    assert result.bound == result.busy.bound(result.num_cpus)
+    assert result.busy.samples == result.costs.samples
 
 
 def test_media_are_used_again_where_they_are_too_few(tmp_path: Path) -> None:
