@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from threading import Barrier
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from featurex_ray.benchmark.device import DeviceRates, measure_device
 from featurex_ray.errors import RequestError
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
@@ -48,6 +49,7 @@ class Costs:
         decode: Decoding and preprocessing, for all extractors at once.
         embed: Each extractor's forward passes, by its name, one CPU thread.
         device: Where they ran, such as `cpu` or `cuda:0`.
+        rates: On a GPU, how close each extractor comes to it.
     """
 
     samples: int
@@ -55,6 +57,7 @@ class Costs:
     decode: StageCost
     embed: dict[str, StageCost]
     device: str
+    rates: dict[str, DeviceRates] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -115,14 +118,17 @@ def measure_alone(
         begin()
         fetch, media = _measured(len(rows), lambda: fetch_media(rows, fetcher))
     decode, units = _decode_alone(settings, rows, media, begin)
-    embed, where = {}, ""
+    embed, rates, where = {}, {}, ""
     for extractor in extractors:
         embedder = Embedder(
             extractor, precision=precision, device=device, batch_frames=batch_size, num_threads=1
         )
         embed[extractor.spec.name] = _embed_alone(embedder, units, inputs.index(extractor.spec.input), begin)
         where = str(embedder.device)
-    return Costs(len(rows), fetch, decode, embed, where)
+        if embedder.device.type != "cpu":
+            clip_frames = units["clips"][0].as_py()[0]["num_frames"]
+            rates[extractor.spec.name] = measure_device(embedder, clip_frames=clip_frames)
+    return Costs(len(rows), fetch, decode, embed, where, rates)
 
 
 def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:

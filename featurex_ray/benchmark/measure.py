@@ -127,6 +127,7 @@ class Benchmark:
             f"  alone     {_costs_line(self.costs)}",
             *([f"  all CPUs  {_costs_line(self.busy)}, all of them busy"] if self.busy else []),
             f"  bound     {self.bound:.1f} samples/s",
+            *(f"  {name} on {rates.line()}" for name, rates in self.costs.rates.items()),
         ]
         if not self.contenders:
             return [*lines, "  pipeline  not measured (--no-ray)"]

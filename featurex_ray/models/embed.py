@@ -92,6 +92,10 @@ class Embedder:
             It is halved whenever the device's memory doesn't suffice.
         num_threads: CPU threads of the forward pass; by default torch's own choice.
 
+    Attributes:
+        network: On the device, in evaluation mode.
+        normalise: Its frames, there.
+
     Raises:
         WeightsError: the weights don't fit.
     """
@@ -112,8 +116,8 @@ class Embedder:
         self.batch_frames = batch_frames or _default_batch(self.device.type, self.spec.input.height)
         self._dtype = _DTYPES[precision]
         network = for_inference(build(resolved.spec, resolved.weights), self._dtype)
-        self._model = on_device(network, self.device)
-        self._normalise = Normalise(self.spec, self.device)
+        self.network = on_device(network, self.device)
+        self.normalise = Normalise(self.spec, self.device)
         self._copies = _copy_stream(self.device)
         self.num_rows = self.num_slots = 0  # of device batches so far: what they held, what they had room for
         if precision == "fp32":
@@ -146,17 +150,21 @@ class Embedder:
             result.fail(np.arange(len(lengths)), *_TOO_LARGE)
         return result.features()
 
+    def autocast(self) -> torch.autocast:
+        """In this context the network runs."""
+        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
     def _embed_frame_by_frame(self, frames: np.ndarray, lengths: np.ndarray, result: "_Collected") -> None:
-        vectors, attention = self._run(lambda x: self._model(x.unsqueeze(1)), frames, np.arange(len(frames)))
+        vectors, attention = self._run(lambda x: self.network(x.unsqueeze(1)), frames, np.arange(len(frames)))
         means = None if attention is None else _mean(attention, lengths)
         result.put(np.arange(len(lengths)), _mean(vectors, lengths), means)
 
     def _embed_whole_clips(self, frames: np.ndarray, lengths: np.ndarray, result: "_Collected") -> None:
-        call: _Call = self._model
+        call: _Call = self.network
         items = frames
-        if isinstance(self._model, TwoStage):
-            call = self._model.embed_clips
-            items, _ = self._run(self._model.embed_frames, frames, np.arange(len(frames)))
+        if isinstance(self.network, TwoStage):
+            call = self.network.embed_clips
+            items, _ = self._run(self.network.embed_frames, frames, np.arange(len(frames)))
         starts = np.cumsum(lengths) - lengths
         for length in np.unique(lengths):
             clips = np.flatnonzero(lengths == length)
@@ -192,16 +200,18 @@ class Embedder:
     def _run_batches(self, call: _Call, items: np.ndarray, index: np.ndarray, batch: int) -> _Embedded:
         features, attentions = [], []
         for rows, padded in _batches(index, batch):
-            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            with self.autocast():
                 output = call(self._upload(items, padded))
             feature, attention = output if isinstance(output, tuple) else (output, None)
             self.num_rows += rows
             self.num_slots += batch
-            features.append(feature[:rows].float())
+            features.append(self._download(feature[:rows].float()))
             if attention is not None:
-                attentions.append(attention[:rows].float())
-        # Only now does anything wait for the device: until here batches were queued behind each other.
-        return _to_numpy(features), _to_numpy(attentions) if attentions else None
+                attentions.append(self._download(attention[:rows].float()))
+        if self._copies is not None:
+            # Only now does anything wait for the device: until here batches were queued behind each other.
+            torch.cuda.current_stream(self.device).synchronize()
+        return torch.cat(features).numpy(), torch.cat(attentions).numpy() if attentions else None
 
     def _upload(self, items: np.ndarray, index: np.ndarray) -> Tensor:
         """`items[index]` on the device; uint8 frames become normalised (..., 3, H, W)."""
@@ -212,7 +222,7 @@ class Embedder:
         moved = self._move(host)
         if moved.dtype != torch.uint8:
             return moved
-        return self._normalise(moved)
+        return self.normalise(moved)
 
     def _move(self, host: Tensor) -> Tensor:
         if self._copies is None:
@@ -223,6 +233,13 @@ class Embedder:
         current.wait_stream(self._copies)
         moved.record_stream(current)
         return moved
+
+    def _download(self, result: Tensor) -> Tensor:
+        """To the host: from a GPU without waiting, so to be read once its stream has come so far."""
+        if self._copies is None:
+            return result.cpu()
+        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        return host.copy_(result, non_blocking=True)
 
     def _check(self, frames: np.ndarray, lengths: np.ndarray) -> None:
         wanted = (self.spec.input.height, self.spec.input.width, 3)
@@ -333,8 +350,3 @@ def _mean(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     sums = np.add.reduceat(rows, np.cumsum(lengths) - lengths, axis=0, dtype=np.float64)
     means: np.ndarray = (sums / lengths.reshape(-1, *[1] * (rows.ndim - 1))).astype(np.float32)
     return means
-
-
-def _to_numpy(parts: list[Tensor]) -> np.ndarray:
-    array: np.ndarray = torch.cat(parts).cpu().numpy()
-    return array
