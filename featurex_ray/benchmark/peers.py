@@ -27,7 +27,8 @@ from featurex_ray.models.build import build
 from featurex_ray.models.registry import resolve
 from featurex_ray.models.spec import ExtractorSpec
 
-BATCH = 64
+BATCH_PIXELS = 64 * 224 * 224
+MOST_FRAMES = 512
 FRAMES = 16
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg")
 
@@ -107,19 +108,21 @@ class Rows(Dataset[tuple[str, Tensor]]):
         return row["sample_id"], frames_of(row, self._transform)
 
 
-def batch_of(rows: pa.Table) -> int:
-    """Samples of a batch: fewer where one is a whole video."""
+def batch_of(rows: pa.Table, spec: ExtractorSpec) -> int:
+    """Samples of a batch: 64 pictures of 224x224, more where they are small, fewer where each is a video."""
+    frames = min(BATCH_PIXELS // (spec.input.height * spec.input.width), MOST_FRAMES)
     first = rows.slice(0, 1).to_pylist()[0]
-    return BATCH // FRAMES if str(first.get("uri") or "").lower().endswith(VIDEOS) else BATCH
+    return max(frames // FRAMES if str(first.get("uri") or "").lower().endswith(VIDEOS) else frames, 1)
 
 
 def dataloader(manifest: str, output: str, extractor: str, weights: str, num_cpus: int) -> None:
     """PyTorch's way: worker processes decode, the main process runs the model."""
     rows = pq.read_table(manifest)
     network = Network(extractor, weights)
+    spec = resolve(extractor, weights=weights).spec
     loader = DataLoader(
-        Rows(rows, transform_of(resolve(extractor, weights=weights).spec)),
-        batch_size=batch_of(rows),
+        Rows(rows, transform_of(spec)),
+        batch_size=batch_of(rows, spec),
         num_workers=num_cpus,
         pin_memory=network.device.type == "cuda",
     )
@@ -148,7 +151,8 @@ def ray_data(manifest: str, output: str, extractor: str, weights: str, num_cpus:
     import ray.data
 
     ray.init(address="local", num_cpus=num_cpus, log_to_driver=False)
-    transform = transform_of(resolve(extractor, weights=weights).spec)
+    spec = resolve(extractor, weights=weights).spec
+    transform = transform_of(spec)
     first = pq.ParquetFile(manifest)
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def ray_data(manifest: str, output: str, extractor: str, weights: str, num_cpus:
     features = decoded.map_batches(
         RayNetwork,
         fn_constructor_args=(extractor, weights),
-        batch_size=batch_of(first.read_row_group(0)),
+        batch_size=batch_of(first.read_row_group(0), spec),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_gpus=1 if gpus else 0,
         num_cpus=1,

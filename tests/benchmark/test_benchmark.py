@@ -22,7 +22,7 @@ from featurex_ray.benchmark.alone import Costs, StageCost, measure_on_all_cpus
 from featurex_ray.benchmark.contenders import Contender, Timed
 from featurex_ray.benchmark.latency import SlowProxy
 from featurex_ray.benchmark.measure import Settings, benchmark
-from featurex_ray.benchmark.peers import dataloader
+from featurex_ray.benchmark.peers import batch_of, dataloader
 from featurex_ray.benchmark.plot import plot_occupancy
 from featurex_ray.benchmark.work import Pieces
 from featurex_ray.cli import cli
@@ -169,6 +169,19 @@ def test_the_dataloader_peer_computes_the_same_features(tmp_path: Path) -> None:
     ours = Embedder(extractor, precision="fp32").embed(image.frames[0][None], np.array([1])).feature[0]
     cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
     assert cosine > 0.99  # they resize by other rules
+
+
+@pytest.mark.parametrize(
+    ("uri", "extractor", "samples"),
+    [
+        ("a.jpg", "torchvision/resnet18", 64),
+        ("a.jpg", "attention_convnet", 512),
+        ("a.avi", "torchvision/resnet18", 4),
+        ("a.avi", "torchvision/efficientnet_b7", 1),
+    ],
+)
+def test_a_peers_batch_suits_the_pictures(uri: str, extractor: str, samples: int) -> None:
+    assert batch_of(pa.table({"uri": [uri]}), resolve(extractor, weights="none").spec) == samples
 
 
 def test_occupancy_is_drawn() -> None:
