@@ -49,8 +49,9 @@ class Point:
     Attributes:
         value: Its place on the axis.
         samples: Of its manifest.
-        seconds: From the first staged clip on: start-up is left out.
+        seconds: From the first staged clip on: start-up is left out, and what was decoded meanwhile.
         startup_seconds: Until then.
+        stage_seconds: Of all workers together, by stage: the work, whenever it was done.
         driver_cpu_ms: CPU of the driver, a sample, start-up included.
         peak_bytes: The most memory of a process, by `decode`, `extract` and `driver`.
     """
@@ -59,8 +60,14 @@ class Point:
     samples: int
     seconds: float
     startup_seconds: float
+    stage_seconds: dict[str, float]
     driver_cpu_ms: float
     peak_bytes: dict[str, int]
+
+    @property
+    def work(self) -> float:
+        """Seconds of all workers and stages together."""
+        return sum(self.stage_seconds.values())
 
 
 @dataclass(frozen=True)
@@ -72,34 +79,42 @@ class Sweep:
 
     @property
     def exponent(self) -> float:
-        """p of seconds ~ value^p, by least squares on the logarithms: 1 is linear."""
-        seconds = [max(point.seconds, 1e-3) for point in self.points]
-        return float(np.polyfit(np.log([p.value for p in self.points]), np.log(seconds), 1)[0])
+        """p of work ~ value^p, by least squares on the logarithms: 1 is linear."""
+        work = [max(point.work, 1e-3) for point in self.points]
+        return float(np.polyfit(np.log([p.value for p in self.points]), np.log(work), 1)[0])
 
     def lines(self) -> Iterator[str]:
         """A table, as a person reads it."""
-        yield f"{UNITS[self.axis]:>24} | samples | seconds | start-up | driver ms/sample | memory MiB"
+        stages = ", ".join(self.points[0].stage_seconds)
+        yield (
+            f"{UNITS[self.axis]:>24} | samples | seconds | start-up | workers' seconds: {stages} | "
+            "driver ms/sample | memory MiB"
+        )
         for p in self.points:
             memory = ", ".join(f"{name} {size >> 20}" for name, size in p.peak_bytes.items())
+            work = ", ".join(f"{seconds:.2f}" for seconds in p.stage_seconds.values())
             yield (
-                f"{p.value:>24,g} | {p.samples:>7,} | {p.seconds:7.1f} | {p.startup_seconds:8.1f} | "
-                f"{p.driver_cpu_ms:16.3f} | {memory}"
+                f"{p.value:>24,g} | {p.samples:>7,} | {p.seconds:7.1f} | {p.startup_seconds:8.1f} | {work} | "
+                f"{p.driver_cpu_ms:.3f} | {memory}"
             )
-        yield f"seconds grow as {self.axis} to the power of {self.exponent:.2f}"
+        yield f"workers' seconds grow as {self.axis} to the power of {self.exponent:.2f}"
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
         return asdict(self) | {"exponent": self.exponent}
 
     def plot(self) -> bytes:
-        """A PNG of seconds, memory and the driver's CPU over the axis, all logarithmic."""
+        """A PNG of the stages' work, memory and the driver's CPU over the axis, all logarithmic."""
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         time, memory, driver = figure.subplots(1, 3)
         values = [p.value for p in self.points]
         last = self.points[-1]
-        time.plot(values, [p.seconds for p in self.points], "o-", label="measured")
-        time.plot(values, [last.seconds * v / last.value for v in values], "k:", label="linear")
-        time.set_title(f"seconds after start-up (power {self.exponent:.2f})", fontsize=9)
+        for name in last.stage_seconds:
+            time.plot(values, [p.stage_seconds[name] for p in self.points], "o-", label=name)
+        time.plot(values, [p.work for p in self.points], "ko-", label=f"all (power {self.exponent:.2f})")
+        time.plot(values, [last.work * v / last.value for v in values], "k:", label="linear")
+        time.plot(values, [p.seconds for p in self.points], "k--", label="wall clock after start-up")
+        time.set_title("workers' seconds", fontsize=9)
         time.legend(fontsize=8)
         for name in last.peak_bytes:
             memory.plot(values, [p.peak_bytes[name] / 2**20 for p in self.points], "o-", label=name)
@@ -151,6 +166,7 @@ def _measured(case: Case, options: Sequence[str], folder: Path) -> Point:
         case.samples,
         seconds=report["seconds"] - report["startup_seconds"],
         startup_seconds=report["startup_seconds"],
+        stage_seconds=report["stage_seconds"],
         driver_cpu_ms=1000 * report["driver_cpu_seconds"] / case.samples,
         peak_bytes=report["peak_bytes"],
     )

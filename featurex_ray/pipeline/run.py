@@ -24,6 +24,7 @@ from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.limits import MediaLimits
+from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.models.precision import resolve_precision
@@ -436,20 +437,7 @@ def _work(
     most = most_actors(shape, num_samples=num_samples, windowed=windowed)
     decoder: DecoderPolicy = tables[0].facts.extractor["decoder"]
     deployment = deploy(request.job, cluster, most=most, decodes_on_gpu="nvdec" in decoder)
-    decode = DecodeSettings(
-        policy=request.policy,
-        inputs=inputs,
-        sampling=request.sampling,
-        clip_seconds=request.job.clip_seconds,
-        clip_stride_seconds=request.job.clip_stride_seconds,
-        decoder=decoder,
-        isolation=request.job.isolation,
-        media_limits=_media_limits(request.job),
-        partial=request.job.partial,
-        limits=ProcessLimits(
-            memory_bytes=request.job.decode_memory << 20, item_seconds=request.job.decode_seconds
-        ),
-    )
+    decode = _decode_settings(request, inputs, decoder)
     extract = [
         ExtractSettings(
             resolved=resolved,
@@ -480,13 +468,27 @@ def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in values.items()}
 
 
-def _media_limits(job: ExtractionJob) -> MediaLimits:
-    return MediaLimits(
-        max_pixels=job.max_pixels,
-        max_seconds=job.max_media_seconds,
-        max_frames=job.max_media_frames,
-        max_streams=job.max_streams,
-        max_ratio=job.max_ratio,
+def _decode_settings(
+    request: Request, inputs: tuple[InputSpec, ...], decoder: DecoderPolicy
+) -> DecodeSettings:
+    job = request.job
+    return DecodeSettings(
+        policy=request.policy,
+        inputs=inputs,
+        sampling=request.sampling,
+        clip_seconds=job.clip_seconds,
+        clip_stride_seconds=job.clip_stride_seconds,
+        decoder=decoder,
+        isolation=job.isolation,
+        media_limits=MediaLimits(
+            max_pixels=job.max_pixels,
+            max_seconds=job.max_media_seconds,
+            max_frames=job.max_media_frames,
+            max_streams=job.max_streams,
+            max_ratio=job.max_ratio,
+        ),
+        partial=job.partial,
+        limits=ProcessLimits(memory_bytes=job.decode_memory << 20, item_seconds=job.decode_seconds),
     )
 
 

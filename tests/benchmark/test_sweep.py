@@ -13,7 +13,8 @@ from featurex_ray.cli import cli
 
 
 def point(value: float, seconds: float) -> Point:
-    return Point(value, 100, seconds, 9.0, 0.04, {"decode": 1 << 28, "driver": 1 << 27})
+    stages = {"decode": seconds / 4, "extract": seconds * 3 / 4}
+    return Point(value, 100, seconds / 2, 9.0, stages, 0.04, {"decode": 1 << 28, "driver": 1 << 27})
 
 
 def test_linear_growth_is_the_power_of_one() -> None:
@@ -50,4 +51,4 @@ def test_a_sweep_over_actors(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert [p["value"] for p in found["points"]] == [1, 2, 3, 4]
-    assert all(p["driver_cpu_ms"] > 0 for p in found["points"])
+    assert all(p["driver_cpu_ms"] > 0 and p["stage_seconds"]["extract"] > 0 for p in found["points"])
