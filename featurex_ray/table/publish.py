@@ -175,10 +175,15 @@ def _mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: Path) ->
 
 
 def _runs(kept: pa.Table) -> pa.Table:
-    """The kept rows, a piece for each run of one sample, as units are (`ATTEMPTS`)."""
-    units = [pa.repeat(value, kept.num_rows) for value in ("", 1, 0)]
+    """The kept rows, a piece for each run of one sample in a batch, as units are (`ATTEMPTS`)."""
     names = ["sample_id", "etag", "num_units", "unit_index", "error"]
-    return attempts_of(pa.table([kept["sample_id"], *units, pa.nulls(kept.num_rows)], names=names), _KEPT)
+    found, first = [ATTEMPTS.empty_table()], 0
+    for batch in kept.to_batches():
+        unit = [pa.repeat(value, len(batch)) for value in ("", 1, 0)]
+        rows = pa.table([batch["sample_id"], *unit, pa.nulls(len(batch))], names=names)
+        found.append(attempts_of(rows, _KEPT, first=first))
+        first += len(batch)
+    return pa.concat_tables(found)
 
 
 def _staged_units(sources: list[pa.Table], samples: pa.Table, plan: Plan) -> pa.Table:

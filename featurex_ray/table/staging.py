@@ -141,8 +141,14 @@ def _check_marks(store: ObjectStore, facts: TableFacts, plan: Plan, key: str, sc
         )
 
 
-def attempts_of(rows: pa.Table, source: int) -> pa.Table:
-    """The attempts (`ATTEMPTS`) that a part's rows are, in the order of the rows."""
+def attempts_of(rows: pa.Table, source: int, *, first: int = 0) -> pa.Table:
+    """The attempts (`ATTEMPTS`) that a source's rows are, in the order of the rows.
+
+    Args:
+        rows: `UNIT_COLUMNS` at least, from the row `first` of the source on.
+        source: Its number.
+        first: See `rows`.
+    """
     rows = rows.select(UNIT_COLUMNS).combine_chunks()
     marks = pa.table(
         [rows["sample_id"], pc.fill_null(rows["etag"], ""), rows["num_units"], rows["unit_index"]],
@@ -151,7 +157,8 @@ def attempts_of(rows: pa.Table, source: int) -> pa.Table:
     starts = np.flatnonzero(first_of_runs(marks, ATTEMPTS.names[:4]))
     failures = np.append(0, np.cumsum(rows["error"].is_valid().to_numpy()))
     stops = np.append(starts, rows.num_rows)[1:]
-    columns = [pa.repeat(source, len(starts)), starts, stops, failures[stops] > failures[starts]]
+    failed = failures[stops] > failures[starts]
+    columns = [pa.repeat(source, len(starts)), first + starts, first + stops, failed]
     return pa.table([*marks.take(pa.array(starts)).columns, *columns], schema=ATTEMPTS)
 
 
