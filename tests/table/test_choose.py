@@ -7,6 +7,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featurex_ray.table.publish import _runs
 from featurex_ray.table.staging import ATTEMPTS, choose
 
 attempts = st.fixed_dictionaries(
@@ -47,3 +48,10 @@ def test_choice_is_what_the_rule_says(rows: list[dict[str, Any]]) -> None:
     units, failed = by_the_rule(rows)
     assert chosen.units.to_pylist() == [{name: unit[name] for name in ATTEMPTS.names} for unit in units]
     assert chosen.failed.to_pylist() == failed
+
+
+def test_kept_rows_are_pieces_batch_by_batch() -> None:
+    batches = [pa.RecordBatch.from_pydict({"sample_id": ids}) for ids in (["a", "a", "b"], ["b", "c"])]
+    pieces = _runs(pa.Table.from_batches(batches))
+    found = [(piece["sample_id"], piece["start"], piece["stop"]) for piece in pieces.to_pylist()]
+    assert found == [("a", 0, 2), ("b", 2, 3), ("b", 3, 4), ("c", 4, 5)]
