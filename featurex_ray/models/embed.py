@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featurex_ray.errors import ExtractError
 from featurex_ray.models.build import Extractor, build
-from featurex_ray.models.inference import for_inference
+from featurex_ray.models.inference import for_inference, keep_freed_memory
 from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.models.spec import ExtractorSpec
 
@@ -114,6 +114,8 @@ class Embedder:
         self.spec = resolved.spec
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_frames = batch_frames or _default_batch(self.device.type, self.spec.input.height)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._dtype = _DTYPES[precision]
         network = for_inference(build(resolved.spec, resolved.weights), self._dtype)
         self.network = on_device(network, self.device)

@@ -1,5 +1,6 @@
-"""The same network, cheaper to run: for extraction only, since nothing here can be trained any more."""
+"""The same network, cheaper to run: for extraction only, since nothing of it can be trained any more."""
 
+import ctypes
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from featurex_ray.models.backbones import Backbone, FeatureMap, VideoBackbone
 from featurex_ray.models.build import Extractor
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 2**31 - 1
+_LARGEST_KEPT = 32 << 20
+"""The most that glibc takes."""
 
 _PAIRS = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
 
@@ -24,6 +30,18 @@ def for_inference(extractor: Extractor, dtype: torch.dtype) -> Extractor:
             fold_batch_norms(part)
             cast_weights(part, dtype)
     return extractor
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that a batch frees for the next one.
+
+    By default malloc gives large blocks back to the system, which has to clear their pages when the next
+    batch asks for them. The process's peak stays what it was. Does nothing where malloc isn't glibc's.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def fold_batch_norms(network: nn.Module) -> None:

@@ -1,5 +1,9 @@
 """What extraction does to a network before it runs changes its speed, not what it computes."""
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from featurex_ray.models.embed import Embedder
 from featurex_ray.models.inference import cast_weights, fold_batch_norms
 from featurex_ray.models.registry import resolve
 from featurex_ray.models.torchvision_zoo import VIDEO_MODELS
+from tests.conftest import CHECKOUT
 
 # One of each family that normalises by batches: what they are built of, and in what order, is its family's.
 FAMILIES = [
@@ -99,3 +104,31 @@ def test_an_own_network_is_left_as_it_is() -> None:
     made = Embedder(resolve("tests.models.own:NormFirst"), precision="fp32", device="cpu")
     black = made.embed(np.zeros((1, 8, 8, 3), np.uint8), np.ones(1, int)).feature
     np.testing.assert_allclose(black, -2, rtol=1e-4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such setting")
+def test_freed_memory_is_kept_for_the_next_batch() -> None:
+    """What a batch frees must not be faulted in page by page again; in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 10_000  # ten times 64 MiB are 160,000 pages
+    assert after < before / 10
+
+
+_FAULTS = """
+import resource, torch
+from featurex_ray.models.inference import keep_freed_memory
+def faults():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        blocks = [torch.zeros(16 << 20, dtype=torch.uint8) for _ in range(4)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+faults()
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
