@@ -150,16 +150,16 @@ def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:
     return Costs(found[0].samples, fetch, decode, embed, found[0].device)
 
 
+_barrier: Barrier  # there only in a process that measures with others
+
+
 def _wait_at(barrier: Barrier) -> None:
     global _barrier  # noqa: PLW0603  a barrier is handed to a process when it starts, not with its work
     _barrier = barrier
 
 
-_barrier: Barrier | None = None
-
-
 def _measure_in_step(measure: Callable[..., Costs]) -> Costs:
-    return measure(begin=_barrier.wait if _barrier else None)
+    return measure(begin=_barrier.wait)
 
 
 def _mean(costs: Sequence[StageCost]) -> StageCost:

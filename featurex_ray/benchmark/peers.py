@@ -54,10 +54,15 @@ def read(row: dict[str, Any]) -> bytes:
         return bytes(file.read())
 
 
+def is_video(row: dict[str, Any]) -> bool:
+    """Whether a manifest row names a video, by its ending."""
+    return str(row.get("uri") or "").lower().endswith(VIDEOS)
+
+
 def frames_of(row: dict[str, Any], transform: Callable[[Any], Tensor]) -> Tensor:
     """(T, 3, H, W) float32: one frame of an image, `FRAMES` of a video, evenly spread."""
     data = read(row)
-    if not str(row.get("uri") or "").lower().endswith(VIDEOS):
+    if not is_video(row):
         return transform(Image.open(io.BytesIO(data)).convert("RGB")).unsqueeze(0)
     import decord
 
@@ -111,8 +116,7 @@ class Rows(Dataset[tuple[str, Tensor]]):
 def batch_of(rows: pa.Table, spec: ExtractorSpec) -> int:
     """Samples of a batch: 64 pictures of 224x224, more where they are small, fewer where each is a video."""
     frames = min(BATCH_PIXELS // (spec.input.height * spec.input.width), MOST_FRAMES)
-    first = rows.slice(0, 1).to_pylist()[0]
-    return max(frames // FRAMES if str(first.get("uri") or "").lower().endswith(VIDEOS) else frames, 1)
+    return max(frames // FRAMES if is_video(rows.slice(0, 1).to_pylist()[0]) else frames, 1)
 
 
 def dataloader(manifest: str, output: str, extractor: str, weights: str, num_cpus: int) -> None:

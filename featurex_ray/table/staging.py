@@ -154,7 +154,7 @@ def attempts_of(rows: pa.Table, source: int, *, first: int = 0) -> pa.Table:
         [rows["sample_id"], pc.fill_null(rows["etag"], ""), rows["num_units"], rows["unit_index"]],
         names=ATTEMPTS.names[:4],
     )
-    starts = np.flatnonzero(first_of_runs(marks, ATTEMPTS.names[:4]))
+    starts = np.flatnonzero(_first_of_runs(marks, ATTEMPTS.names[:4]))
     failures = np.append(0, np.cumsum(rows["error"].is_valid().to_numpy()))
     stops = np.append(starts, rows.num_rows)[1:]
     failed = failures[stops] > failures[starts]
@@ -162,7 +162,7 @@ def attempts_of(rows: pa.Table, source: int, *, first: int = 0) -> pa.Table:
     return pa.table([*marks.take(pa.array(starts)).columns, *columns], schema=ATTEMPTS)
 
 
-def first_of_runs(rows: pa.Table, names: Sequence[str]) -> np.ndarray:
+def _first_of_runs(rows: pa.Table, names: Sequence[str]) -> np.ndarray:
     """(N,) bool: rows that differ from the row before in one of the columns; the first one does."""
     first = np.zeros(rows.num_rows, bool)
     first[:1] = True
@@ -182,13 +182,13 @@ def choose(attempts: pa.Table) -> Chosen:
         attempts: In the schema `ATTEMPTS`, in any order.
     """
     attempts = attempts.sort_by([(name, "ascending") for name in ATTEMPTS.names[:6]])
-    sample = np.cumsum(first_of_runs(attempts, ["sample_id"])) - 1
+    sample = np.cumsum(_first_of_runs(attempts, ["sample_id"])) - 1
     failed = attempts["failed"].to_numpy()
     units = attempts.filter(pa.array(~failed))
-    is_first = first_of_runs(units, ["sample_id", "etag", "num_units", "unit_index"])
+    is_first = _first_of_runs(units, ["sample_id", "etag", "num_units", "unit_index"])
     units, of_sample = units.filter(pa.array(is_first)), sample[~failed][is_first]
 
-    generation = np.cumsum(first_of_runs(units, ["sample_id", "etag", "num_units"])) - 1
+    generation = np.cumsum(_first_of_runs(units, ["sample_id", "etag", "num_units"])) - 1
     first = np.flatnonzero(np.diff(generation, prepend=-1))
     last = np.append(first, len(generation))[1:] - 1
     index, num_units = units["unit_index"].to_numpy(), units["num_units"].to_numpy()
@@ -232,8 +232,7 @@ def read_failures(store: ObjectStore, facts: TableFacts, plan: Plan, failed: pa.
     rows = pa.concat_tables([table.replace_schema_metadata(None) for table in found])
     rows = rows.append_column("row", pa.array(np.arange(rows.num_rows)))
     rows = rows.sort_by([("sample_id", "ascending"), ("unit_index", "ascending"), ("row", "ascending")])
-    ids = rows["sample_id"].to_numpy()
-    rows = rows.filter(pa.array(np.append(True, ids[1:] != ids[:-1])[: len(ids)]))
+    rows = rows.filter(pa.array(_first_of_runs(rows, ["sample_id"])))
     if rows.num_rows != len(failed):
         name = sorted(set(failed.to_pylist()) - set(rows["sample_id"].to_pylist()))[0]
         raise TableDamagedError(
