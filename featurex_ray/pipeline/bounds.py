@@ -13,7 +13,7 @@ class StageState:
     """One stage at one moment.
 
     Attributes:
-        workers: Actors that run; for the writer, tasks that may run.
+        workers: Actors that run.
         tasks: Calls in flight, those that wait inside an actor included.
         queued: Blocks that wait before the stage.
         is_held_back: Whether Ray lets its calls start or go on no further, for what comes after is full.

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -32,6 +32,7 @@ from featurex_ray.media.request import (
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline import metrics
+from featurex_ray.pipeline.source import PlannedSamples
 from featurex_ray.pipeline.threads import limit_threads
 from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, peak_bytes, to_table
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
@@ -167,9 +168,9 @@ def _cutter(settings: DecodeSettings) -> CutUnits:
     return CutUnits(settings)
 
 
-def cut(samples: pa.Table, settings: DecodeSettings) -> pa.Table:
-    """`CutUnits` as a plain function, for a Ray task; a worker keeps it for the next one."""
-    return _cutter(settings)(samples)
+def cut(slices: pa.Table, settings: DecodeSettings, samples: PlannedSamples) -> Iterator[pa.Table]:
+    """`CutUnits` over slices of plans, as a plain function for a Ray task; a worker keeps it for the next."""
+    yield from map(_cutter(settings), samples.read(slices))
 
 
 def whole_unit(row: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +236,25 @@ class DecodeMedia:
             else row | ({"error": error_struct(each)} if each else {})
             for row, each in zip(rows, found, strict=True)
         ]
+
+
+class DecodeSlices(DecodeMedia):
+    """Slices of plans -> their samples with frames; reads the plans itself.
+
+    A task of its own for that would wait for a process: where actors hold all CPUs of a node, Ray ends
+    the process of a task a second after it.
+    """
+
+    def __init__(self, settings: DecodeSettings, samples: PlannedSamples, samples_per_decode: int) -> None:
+        super().__init__(settings)
+        self._samples = samples
+        self._num_rows = samples_per_decode
+
+    def __call__(self, slices: pa.Table) -> Iterator[pa.Table]:
+        """Rows of the schema `SLICE` -> tables of at most `samples_per_decode` samples."""
+        for samples in self._samples.read(slices):
+            for start in range(0, len(samples), self._num_rows):
+                yield super().__call__(samples.slice(start, self._num_rows))
 
 
 def _media_columns(media: Fetched) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob, PoolSize
 
 SMALL_TASK_CPUS = 0.05
-"""Reading plans and staging parts wait for the store; they reserve next to nothing."""
+"""Cutting and staging parts wait for the store; they reserve next to nothing."""
+
+WRITING_THREADS = 2
+"""Calls at the same time in a writing actor: one waits for the store while one makes its rows."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The two actor pools of a run.
+    """The actor pools of a run.
 
     Attributes:
         may_shrink: Whether actors that wait for work are given up. On a cluster that can shrink they may
@@ -196,12 +199,13 @@ class Deployment:
     may_shrink: bool
 
     @property
-    def small_tasks(self) -> int:
-        """Tasks at the same time that read plans, and that stage parts.
+    def write(self) -> Pool:
+        """Actors that stage parts, not tasks.
 
-        They reserve next to no CPU, so without a bound Ray would start a process for each.
+        Where actors hold all of a node's CPUs, Ray ends the process of a task a second after it, and
+        the next task waits some seconds for another.
         """
-        return math.ceil(self.decode.size.maximum / 4)
+        return Pool(PoolSize(1, math.ceil(self.decode.size.maximum / 4)), SMALL_TASK_CPUS, 0.0)
 
 
 def deploy(
@@ -235,7 +239,7 @@ def deploy(
         raise RequestError(
             f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs{left}"
         )
-    to_reserve = num_cpus - _spare_cpus(job, num_cpus)
+    to_reserve = num_cpus - _spare_cpus(num_cpus)
     if decodes_on_gpu:
         pools = _with_decoding_gpus(job, to_reserve, int(num_gpus), gpus_each, most)
     elif gpus_each:
@@ -245,23 +249,28 @@ def deploy(
     return Deployment(*pools, may_shrink=bool(job.can_grow_to))
 
 
-def _spare_cpus(job: ExtractionJob, num_cpus: int) -> float:
-    """CPUs that no actor reserves, so that tasks find room while all actors are there.
+def _spare_cpus(num_cpus: int) -> float:
+    """CPUs that the two large pools don't reserve: for small tasks, and for actors that write."""
+    return max(num_cpus / 32, 1.0 if num_cpus > 1 else 0.5)
 
-    Ray splits the blocks of cut videos in tasks that reserve a whole CPU, which nothing can change;
-    without that CPU the run would wait for ever. All other tasks are small.
+
+def _share(num_cpus: float, num_actors: float) -> float:
+    """What each of so many actors reserves: a CPU, or a half, a third ... of one.
+
+    Of such shares a node holds as many as its CPUs allow, so that all actors fit on nodes of any
+    size, and what is left over is not scattered in crumbs that no task can use.
     """
-    return 1.0 if num_cpus > 1 or job.clip_seconds is not None else 0.5
+    return 1.0 / math.ceil(max(num_actors / num_cpus, 1.0) - 1e-9)
 
 
 def _with_gpus(
     job: ExtractionJob, to_reserve: float, num_devices: int, gpus_each: float, most: int
 ) -> tuple[Pool, Pool]:
     extract = _bounds(job.extract_actors, num_devices, most)
-    cpus_each = min(1.0, to_reserve / (4 * extract.maximum))
+    cpus_each = _share(to_reserve, 4 * extract.maximum)
     left = to_reserve - extract.maximum * cpus_each
     decode = _bounds(job.decode_actors, max(round(left), 1), most)
-    return Pool(decode, min(left / decode.maximum, 1.0), 0.0), Pool(extract, cpus_each, gpus_each)
+    return Pool(decode, _share(left, decode.maximum), 0.0), Pool(extract, cpus_each, gpus_each)
 
 
 def _with_decoding_gpus(
@@ -270,7 +279,7 @@ def _with_decoding_gpus(
     num_devices = int(num_gpus * (1 - NVDEC_GPU) / gpus_each) if gpus_each else num_gpus
     extract = _bounds(job.extract_actors, num_devices, most)
     decode = _bounds(job.decode_actors, num_gpus * NVDEC_ACTORS, most)
-    cpus_each = min(to_reserve / (extract.maximum + decode.maximum), 1.0)
+    cpus_each = _share(to_reserve, extract.maximum + decode.maximum)
     gpu_share = min(num_gpus * NVDEC_GPU / decode.maximum, NVDEC_GPU)
     return Pool(decode, cpus_each, gpu_share), Pool(extract, cpus_each, gpus_each)
 
@@ -278,7 +287,7 @@ def _with_decoding_gpus(
 def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> tuple[Pool, Pool]:
     decode = _bounds(job.decode_actors, num_cpus, most)
     extract = _bounds(job.extract_actors, num_cpus, most)
-    each = min(to_reserve / (decode.maximum + extract.maximum), 1.0)
+    each = _share(to_reserve, decode.maximum + extract.maximum)
     return Pool(decode, each, 0.0), Pool(extract, each, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The Ray Data pipeline: source -> cut -> decode pool -> extract pool -> staged parts."""
+"""The Ray Data pipeline: slices of plans -> cut -> decode pool -> extract pool -> staged parts."""
 
 import logging
 import re
@@ -15,10 +15,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from featurex_ray.errors import RunError
 from featurex_ray.pipeline.bounds import Watched
-from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, cut
-from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, BlockShape, Deployment
+from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, DecodeSlices, cut
+from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, WRITING_THREADS, BlockShape, Deployment
 from featurex_ray.pipeline.extract import ExtractFeatures, ExtractSettings
-from featurex_ray.pipeline.source import Assignment, SampleSource, Slice
+from featurex_ray.pipeline.source import Assignment, PlannedSamples, Slice, slice_rows
 from featurex_ray.pipeline.watch import watch
 from featurex_ray.pipeline.write import StageParts
 from featurex_ray.table.table import FeatureTable
@@ -49,30 +49,32 @@ class Work:
 
 def build_dataset(work: Work) -> Dataset:
     """The lazy dataset of one run; iterating over it does the work and yields `STAGED` rows."""
-    source = SampleSource(work.tables, work.assignments, work.slices)
-    units = ray.data.read_datasource(
-        source,
-        override_num_blocks=len(work.slices),
-        num_cpus=SMALL_TASK_CPUS,
-        concurrency=work.deployment.small_tasks,
-    )
-    is_cut = work.decode.clip_seconds is not None
-    if is_cut:
-        units = units.map_batches(
-            cut,
-            fn_args=(work.decode,),
-            num_cpus=SMALL_TASK_CPUS,
-            compute=TaskPoolStrategy(size=work.deployment.decode.size.maximum),
+    slices = ray.data.from_blocks(list(slice_rows(work.slices)))
+    samples = PlannedSamples(work.tables, work.assignments)
+    decode = work.deployment.decode
+    if work.decode.clip_seconds is None:
+        decoded = slices.map_batches(
+            DecodeSlices,
+            fn_constructor_args=(work.decode, samples, work.shape.samples_per_decode),
+            compute=decode.strategy(threads=FETCHING_THREADS),
+            **decode.options(),
             **ARROW,
         )
-        units = units.repartition(target_num_rows_per_block=work.shape.units)
-    decoded = units.map_batches(
-        DecodeMedia,
-        fn_constructor_args=(work.decode,),
-        compute=work.deployment.decode.strategy(threads=FETCHING_THREADS),
-        **work.deployment.decode.options(),
-        **ARROW | {"batch_size": work.shape.units if is_cut else work.shape.samples_per_decode},
-    )
+    else:
+        units = slices.map_batches(
+            cut,
+            fn_args=(work.decode, samples),
+            num_cpus=SMALL_TASK_CPUS,
+            compute=TaskPoolStrategy(size=decode.size.maximum),
+            **ARROW,
+        )
+        decoded = _in_blocks(units, work.shape.units).map_batches(
+            DecodeMedia,
+            fn_constructor_args=(work.decode,),
+            compute=decode.strategy(threads=FETCHING_THREADS),
+            **decode.options(),
+            **ARROW | {"batch_size": work.shape.units},
+        )
     extracted = decoded.map_batches(
         ExtractFeatures,
         fn_constructor_args=(work.extract,),
@@ -80,14 +82,24 @@ def build_dataset(work: Work) -> Dataset:
         **work.deployment.extract.options(),
         **ARROW | {"batch_size": work.shape.units_per_extract},
     )
-    writer = StageParts(work.tables, work.assignments, run_id=work.run_id)
     staged: Dataset = extracted.map_batches(
-        writer,
-        num_cpus=SMALL_TASK_CPUS,
-        compute=TaskPoolStrategy(size=work.deployment.small_tasks),
+        StageParts,
+        fn_constructor_args=(work.tables, work.assignments, work.run_id),
+        compute=work.deployment.write.strategy(threads=WRITING_THREADS),
+        **work.deployment.write.options(),
         **ARROW,
     )
     return staged
+
+
+def _in_blocks(units: Dataset, num_rows: int) -> Dataset:
+    """Blocks of so many rows, each of which can become a task."""
+    blocks = units.repartition(target_num_rows_per_block=num_rows)
+    # Such a task would reserve a whole CPU, which no node has left where actors hold parts of all of
+    # them, and the run would wait for ever. Ray has no public way to say so.
+    repartition: Any = blocks._logical_plan.dag
+    repartition.ray_remote_args["num_cpus"] = SMALL_TASK_CPUS
+    return blocks
 
 
 class Tracker:

@@ -132,7 +132,7 @@ def count_batches(*, rows: int, slots: int) -> None:
 
 
 def count_staged(*, clips: int, seconds: float) -> None:
-    """Tell what a write task did."""
+    """Tell what a write call did."""
     count("featurex_clips_total", clips, stage="write")
     count("featurex_stage_seconds_total", seconds, stage="write")
 

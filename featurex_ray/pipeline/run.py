@@ -45,6 +45,8 @@ from featurex_ray.pipeline.execute import Tracker, Work, failed_units, first_lin
 from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.preflight import ask_nodes
 from featurex_ray.pipeline.progress import Progress, Silent
+from featurex_ray.pipeline.publish import THREADS as PUBLISHING_THREADS
+from featurex_ray.pipeline.publish import PublishPlans
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
 from featurex_ray.pipeline.source import Assignment, slices_of
 from featurex_ray.pipeline.threads import threads_of
@@ -493,22 +495,22 @@ def _decode_settings(
 
 
 class Publisher:
-    """Publishes whole plans in Ray tasks, while others are still being worked on."""
+    """Publishes whole plans in an actor of its own, while others are still being worked on."""
 
     def __init__(
         self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment], run_id: str
     ) -> None:
-        self._tables = tables
         self._assignments = assignments
-        self._run_id = run_id
-        self._publish = ray.remote(num_cpus=SMALL_TASK_CPUS, max_retries=3)(publish_plan)
+        actor: Any = ray.remote(PublishPlans)
+        self._actor = actor.options(
+            num_cpus=SMALL_TASK_CPUS, max_restarts=-1, max_task_retries=3, max_concurrency=PUBLISHING_THREADS
+        ).remote(tables, run_id)
         self._pending: list[tuple[int, Plan, Any]] = []
 
     def submit(self, number: int) -> None:
         """Begin to publish the plans of one assignment."""
         for index, plan in self._assignments[number].plans.items():
-            done = self._publish.remote(self._tables[index], plan, self._run_id)
-            self._pending.append((index, plan, done))
+            self._pending.append((index, plan, self._actor.publish.remote(index, plan)))
 
     def wait(self) -> list[tuple[int, Plan, Published]]:
         """What was published, with the table's place in the run.
@@ -523,16 +525,6 @@ class Publisher:
             raise RunError(f"publishing failed: {first_line(cause)}") from error
         except ray.exceptions.RayError as error:
             raise RunError(f"publishing was interrupted: {first_line(error)}; run it again") from error
-
-
-def publish_plan(table: FeatureTable, plan: Plan, run_id: str) -> Published:
-    """`FeatureTable.publish` as a plain function, for a Ray task."""
-    name = table.facts.name
-    with metrics.published(name):
-        result = table.publish(plan)
-    ids = {"run_id": run_id, "table": name, "dataset": plan.dataset, "plan_id": plan.plan_id}
-    events.emit("plan_published", **ids, samples=result.num_samples, failed=result.num_failed)
-    return result
 
 
 def _count_published(

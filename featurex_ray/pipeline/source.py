@@ -1,14 +1,12 @@
 """The pipeline's source: slices of open plans, less what is staged already."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.data.block import BlockMetadata
-from ray.data.context import DataContext
-from ray.data.datasource import Datasource, ReadTask
 
 from featurex_ray.pipeline.units import PLANNED
 from featurex_ray.table.log import Plan
@@ -62,51 +60,41 @@ def slices_of(assignment: int, todo: np.ndarray, *, num_rows: int) -> list[Slice
     return slices
 
 
-class SampleSource(Datasource):
-    """Reads planned samples, one task a slice, so that nothing holds a whole plan."""
+SLICE = pa.schema(
+    [
+        pa.field("assignment", pa.int32()),
+        pa.field("first", pa.int32()),
+        pa.field("last", pa.int32()),
+        pa.field("todo", pa.list_(pa.bool_())),
+    ]
+)
+"""A `Slice` as a row: all that the driver gives out; whoever works on it reads its samples."""
 
-    def __init__(
-        self,
-        tables: Sequence[FeatureTable],
-        assignments: Sequence[Assignment],
-        slices: Sequence[Slice],
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+
+def slice_rows(slices: Sequence[Slice]) -> Iterator[pa.Table]:
+    """One table of one row a slice, in the schema `SLICE`."""
+    for part in slices:
+        row = {"assignment": part.assignment, "first": part.first, "last": part.last, "todo": part.todo}
+        yield pa.Table.from_pylist([row], schema=SLICE)
+
+
+class PlannedSamples:
+    """The samples of a run's plans, read a slice at a time, so that nothing holds a whole plan."""
+
+    def __init__(self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment]) -> None:
         self._tables = tables
         self._assignments = assignments
-        self._slices = slices
 
-    def get_name(self) -> str:
-        """The operator's name in plans and progress."""
-        return "Samples"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Some hundred bytes a sample; media are not read here."""
-        return sum(s.last - s.first for s in self._slices) * 300
-
-    def get_read_tasks(
-        self,
-        parallelism: int,  # noqa: ARG002  a slice is a task, whatever Ray would choose
-        per_task_row_limit: int | None = None,
-        data_context: DataContext | None = None,  # noqa: ARG002
-    ) -> list[ReadTask]:
-        """One task a slice."""
-        return [self._read_task(s, per_task_row_limit) for s in self._slices]
-
-    def _read_task(self, part: Slice, limit: int | None) -> ReadTask:
-        num_rows = part.last - part.first if part.todo is None else int(part.todo.sum())
-        metadata = BlockMetadata(
-            num_rows=num_rows, size_bytes=300 * num_rows, input_files=None, exec_stats=None
-        )
-        index, plan = self._assignments[part.assignment].leader
-        return ReadTask(_reader(self._tables[index], plan, part), metadata, PLANNED, limit)
+    def read(self, slices: pa.Table) -> Iterator[pa.Table]:
+        """Rows of the schema `SLICE` -> for each of them its samples, in the schema `PLANNED`."""
+        for row in slices.to_pylist():
+            index, plan = self._assignments[row["assignment"]].leader
+            yield planned_samples(self._tables[index], plan, _slice(row))
 
 
-def _reader(table: FeatureTable, plan: Plan, part: Slice) -> Callable[[], Iterable[pa.Table]]:
-    def read() -> Iterable[pa.Table]:
-        yield planned_samples(table, plan, part)
-
-    return read
+def _slice(row: dict[str, Any]) -> Slice:
+    todo = None if row["todo"] is None else np.array(row["todo"], bool)
+    return Slice(row["assignment"], row["first"], row["last"], todo)
 
 
 def planned_samples(table: FeatureTable, plan: Plan, part: Slice) -> pa.Table:

@@ -11,7 +11,7 @@ from featurex_ray.pipeline import metrics
 from featurex_ray.pipeline.bounds import StageState, Watched
 
 SECONDS_BETWEEN_LOOKS = 1.0
-OPERATORS = {"DecodeMedia": "decode", "ExtractFeatures": "extract", "StageParts": "write"}
+OPERATORS = {"Decode": "decode", "ExtractFeatures": "extract", "StageParts": "write"}
 
 
 def watch(context: DataContext, watched: Watched) -> None:
@@ -67,18 +67,11 @@ def _stages(executor: Any) -> dict[str, StageState]:
     for operator, state in executor._topology.items():
         name = next((name for part, name in OPERATORS.items() if part in operator.name), None)
         if name is not None:
-            tasks, queued = operator.num_active_tasks(), state.total_enqueued_input_blocks()
-            found[name] = (
-                _tasks(operator, tasks, queued) if name == "write" else _actors(operator, tasks, queued)
+            held_back = operator._in_task_submission_backpressure or operator._in_task_output_backpressure
+            found[name] = StageState(
+                operator.get_actor_info().running,
+                operator.num_active_tasks(),
+                state.total_enqueued_input_blocks(),
+                held_back,
             )
     return found
-
-
-def _actors(operator: Any, tasks: int, queued: int) -> StageState:
-    held_back = operator._in_task_submission_backpressure or operator._in_task_output_backpressure
-    return StageState(operator.get_actor_info().running, tasks, queued, held_back)
-
-
-def _tasks(operator: Any, tasks: int, queued: int) -> StageState:
-    """Writing has no actors: its workers are as many tasks as may run at a time."""
-    return StageState(operator.get_max_concurrency_limit() or tasks, tasks, queued)

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from featurex_ray.pipeline import events, metrics
 from featurex_ray.pipeline.source import Assignment
+from featurex_ray.pipeline.threads import limit_threads
 from featurex_ray.pipeline.units import STAGED
 from featurex_ray.schemas import PART
 from featurex_ray.storage.uri import redact
@@ -19,8 +20,9 @@ class StageParts:
     """Puts one sorted part for each plan that a block holds rows of."""
 
     def __init__(
-        self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment], *, run_id: str
+        self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment], run_id: str
     ) -> None:
+        limit_threads(1)
         self._tables = tables
         self._assignments = assignments
         self._run_id = run_id

@@ -48,7 +48,7 @@ def role_of(process: psutil.Process) -> str | None:
     except psutil.Error:
         return None
     first = command[0] if command else ""
-    names = {"raylet/raylet": "raylet", "gcs_server": "gcs_server", "DecodeMedia": "decode actor",
+    names = {"raylet/raylet": "raylet", "gcs_server": "gcs_server", "DecodeSlices": "decode actor",
              "ExtractFeatures": "extract actor", "ray::": "other worker"}  # fmt: skip
     return next((role for part, role in names.items() if part in first), None)
 

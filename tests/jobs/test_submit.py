@@ -102,7 +102,7 @@ def test_the_main_job_is_submitted_to_a_cluster(cluster: str, bundled_media: Pat
 
     pages = {page: told(cluster, page) for page in PAGES}
     assert "jobs/extract.py" in pages["api/jobs/"]
-    assert "DecodeMedia" in pages["logical/actors"]
+    assert "DecodeSlices" in pages["logical/actors"]
     assert [page for page, text in pages.items() if KEY["AWS_SECRET_ACCESS_KEY"] in text] == []
 
     table = f"{s3_root}/out/attention_convnet"

@@ -1,5 +1,6 @@
 """Pools and blocks from resources: what fits, what is asked for and what is refused."""
 
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from featurex_ray.job import ExtractionJob, PoolSize
 from featurex_ray.pipeline.deploy import (
     IMAGES,
     INLINE,
+    SMALL_TASK_CPUS,
     VIDEOS,
     BlockShape,
     Deployment,
@@ -25,26 +27,35 @@ def job(**changes: Any) -> ExtractionJob:
 
 
 def reserved_cpus(found: Deployment) -> float:
-    return sum(pool.size.maximum * pool.num_cpus for pool in (found.decode, found.extract))
+    return sum(pool.size.maximum * pool.num_cpus for pool in (found.decode, found.extract, found.write))
 
 
 @pytest.mark.parametrize("num_cpus", [1, 2, 4, 16, 96])
 @pytest.mark.parametrize("num_gpus", [0, 1, 4])
 def test_pools_leave_room_for_small_tasks(num_cpus: int, num_gpus: int) -> None:
     found = deploy(job(), {"CPU": num_cpus, "GPU": num_gpus}, most=10_000)
-    assert 0 < reserved_cpus(found) <= num_cpus - 0.5
+    assert 0 < reserved_cpus(found) <= num_cpus - 0.4
     assert found.extract.size.maximum * found.extract.num_gpus <= num_gpus
 
 
-@pytest.mark.parametrize("num_cpus", [1, 2, 4, 16, 96])
-@pytest.mark.parametrize("num_gpus", [0, 1, 4])
-@pytest.mark.parametrize("decode_actors", [None, "1", "8"])
-def test_cut_videos_leave_a_whole_cpu_to_the_splitting_of_blocks(
-    num_cpus: int, num_gpus: int, decode_actors: str | None
+@pytest.mark.parametrize("cpus_each", [1, 2, 4, 16])
+@pytest.mark.parametrize("num_nodes", [1, 2, 7, 64])
+@pytest.mark.parametrize(("decode_actors", "extract_actors"), [(None, None), ("5", "1"), ("2", "2")])
+def test_all_actors_fit_on_nodes_and_leave_room_on_one_of_them(
+    cpus_each: int, num_nodes: int, decode_actors: str | None, extract_actors: str | None
 ) -> None:
-    windowed = job(clip_seconds=2.0, decode_actors=decode_actors)
-    found = deploy(windowed, {"CPU": num_cpus, "GPU": num_gpus}, most=10_000)
-    assert reserved_cpus(found) <= num_cpus - 1 + 1e-9
+    """However Ray fills the nodes: each takes as many as fit, one after the other."""
+    bounds = job(decode_actors=decode_actors, extract_actors=extract_actors)
+    found = deploy(bounds, {"CPU": cpus_each * num_nodes}, most=10_000)
+    assert found.decode.num_cpus == found.extract.num_cpus
+    left = found.decode.size.maximum + found.extract.size.maximum
+    free = []
+    for _ in range(num_nodes):
+        here = min(math.floor(cpus_each / found.decode.num_cpus + 1e-9), left)
+        free.append(cpus_each - here * found.decode.num_cpus)
+        left -= here
+    assert left == 0
+    assert max(free) >= found.write.num_cpus + SMALL_TASK_CPUS
 
 
 def test_gpu_cluster_gives_each_extract_actor_a_gpu_and_decode_the_cpus() -> None:
@@ -70,7 +81,7 @@ def test_decoding_on_gpus_shares_them(num_cpus: int, num_gpus: int, decode_actor
     assert found.extract.size.maximum == num_gpus
     assert all(pool.num_gpus > 0 for pool in (found.decode, found.extract))
     assert sum(pool.size.maximum * pool.num_gpus for pool in (found.decode, found.extract)) <= num_gpus
-    assert 0 < reserved_cpus(found) <= num_cpus - 0.5
+    assert 0 < reserved_cpus(found) <= num_cpus - 0.4
 
 
 def test_decoding_on_gpus_needs_room_on_them() -> None:

@@ -1,4 +1,4 @@
-"""The physical plan: decode and extract are actor pools of their own, never one operator."""
+"""The physical plan: stages are actor pools of their own, never one operator; no task takes a whole CPU."""
 
 from pathlib import Path
 
@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data._internal.logical.optimizers import get_execution_plan
 
 from featurex_ray.job import ExtractionJob
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.models.registry import resolve
 from featurex_ray.pipeline.decode import DecodeSettings
-from featurex_ray.pipeline.deploy import IMAGES, BlockShape, deploy
+from featurex_ray.pipeline.deploy import IMAGES, SMALL_TASK_CPUS, BlockShape, deploy
 from featurex_ray.pipeline.execute import Work, build_dataset
 from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.source import Assignment, slices_of
@@ -56,12 +57,22 @@ def work(folder: Path, *, clip_seconds: float | None, gpus: float) -> Work:
 
 @pytest.mark.parametrize("clip_seconds", [None, 2.0])
 @pytest.mark.parametrize("gpus", [0.0, 1.0])
-def test_decode_and_extract_are_not_fused(clip_seconds: float | None, gpus: float, tmp_path: Path) -> None:
+def test_stages_are_not_fused(clip_seconds: float | None, gpus: float, tmp_path: Path) -> None:
     dataset = build_dataset(work(tmp_path, clip_seconds=clip_seconds, gpus=gpus))
     plan, _ = get_execution_plan(dataset._logical_plan)
     names = [operator.name for operator in plan.dag.post_order_iter()]
-    decode = [name for name in names if "DecodeMedia" in name]
-    extract = [name for name in names if "ExtractFeatures" in name]
-    assert decode == ["MapBatches(DecodeMedia)"]
-    assert extract == ["MapBatches(ExtractFeatures)"]
+    pools = ["MapBatches(ExtractFeatures)", "MapBatches(StageParts)"]
+    decode = "MapBatches(DecodeSlices)" if clip_seconds is None else "MapBatches(DecodeMedia)"
+    assert names[-3:] == [decode, *pools]
     assert ("cut" in " ".join(names)) == (clip_seconds is not None)
+
+
+@pytest.mark.parametrize("clip_seconds", [None, 2.0])
+def test_tasks_need_no_whole_cpu(clip_seconds: float | None, tmp_path: Path) -> None:
+    """Where actors hold parts of all CPUs, such a task would never start."""
+    dataset = build_dataset(work(tmp_path, clip_seconds=clip_seconds, gpus=0.0))
+    plan, _ = get_execution_plan(dataset._logical_plan)
+    tasks = [operator for operator in plan.dag.post_order_iter() if isinstance(operator, TaskPoolMapOperator)]
+    assert len(tasks) == (0 if clip_seconds is None else 2)
+    for task in tasks:
+        assert task._ray_remote_args["num_cpus"] <= SMALL_TASK_CPUS
