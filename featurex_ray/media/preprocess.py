@@ -46,7 +46,7 @@ class InputSpec:
         return min(width / self.width, height / self.height)
 
 
-def fit(image: Image.Image, spec: InputSpec) -> np.ndarray:
+def fit(picture: Image.Image | np.ndarray, spec: InputSpec) -> np.ndarray:
     """Resize and crop a picture.
 
     Equal to torchvision's `Resize` and `CenterCrop` on a Pillow image, but for rounding (at most 2
@@ -54,16 +54,21 @@ def fit(image: Image.Image, spec: InputSpec) -> np.ndarray:
     is computed, so a picture of 5000x1 doesn't become one of 1,280,000x256 on the way.
 
     Args:
-        image: RGB, any size.
+        picture: RGB, any size; as an array (H, W, 3) uint8.
         spec: What the model wants.
 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    box = (0.0, 0.0, float(image.width), float(image.height))
+    if isinstance(picture, np.ndarray):
+        size = spec.height, spec.width
+        if picture.shape[:2] == size and spec.resize in (None, min(size)):
+            return picture
+        picture = Image.fromarray(picture)
+    box = (0.0, 0.0, float(picture.width), float(picture.height))
     if spec.resize is not None:
-        box = _crop_box(image.width, image.height, spec.resize, spec)
-    resized = image.resize((spec.width, spec.height), _FILTERS[spec.interpolation], box=box)
+        box = _crop_box(picture.width, picture.height, spec.resize, spec)
+    resized = picture.resize((spec.width, spec.height), _FILTERS[spec.interpolation], box=box)
     return np.asarray(resized)
 
 

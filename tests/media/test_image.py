@@ -1,3 +1,4 @@
+import io
 import mmap
 import subprocess
 import sys
@@ -5,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from featurex_ray.errors import DecodeError, ProbeError
+from featurex_ray.errors import DecodeError, ProbeError, SampleError
+from featurex_ray.media import image
 from featurex_ray.media.image import decode_image
 from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.preprocess import InputSpec, fit
@@ -202,3 +206,52 @@ def test_nothing_is_printed_and_warnings_are_no_errors() -> None:
     command = [sys.executable, "-W", "error", "-c", program, *map(str, files)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def encoded_jpeg(
+    mode: str, size: tuple[int, int], *, quality: int, subsampling: int, progressive: bool
+) -> bytes:
+    noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    options = {} if mode == "L" else {"subsampling": subsampling}
+    picture = Image.fromarray(noise).resize(size).convert(mode)
+    picture.save(file, "JPEG", quality=quality, progressive=progressive, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_plain_jpegs_have_the_pixels_that_pillow_gives_without_asking_it(
+    mode: str, subsampling: int, progressive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in [(1, 1), (7, 3), (32, 32), (45, 130)]:
+        data = encoded_jpeg(mode, size, quality=75, subsampling=subsampling, progressive=progressive)
+        whole = InputSpec(size[1], size[0])
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", None)
+            assert np.array_equal(pixels(data, whole), expected)
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_damaged_jpegs_end_as_they_do_with_pillow(data: st.DataObject) -> None:
+    """Broken off, or with bytes that are others."""
+    mode = data.draw(st.sampled_from(["RGB", "L", "CMYK"]))
+    jpeg = encoded_jpeg(mode, (40, 30), quality=75, subsampling=2, progressive=data.draw(st.booleans()))
+    damaged = bytearray(jpeg)
+    for place in data.draw(st.lists(st.integers(3, len(jpeg) - 1), max_size=3)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    del damaged[data.draw(st.integers(3, len(jpeg))) :]
+    found = outcome(bytes(damaged))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image, "_plain_jpeg", lambda *_, **__: None)
+        assert found == outcome(bytes(damaged))
+
+
+def outcome(data: bytes) -> bytes | str:
+    try:
+        return pixels(data).tobytes()
+    except SampleError as error:
+        return error.code
