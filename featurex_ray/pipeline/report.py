@@ -25,6 +25,7 @@ PACKAGES = [
     "av",
     "decord",
     "pillow",
+    "simplejpeg",
     "s3fs",
     "fsspec",
     "numpy",
