@@ -171,6 +171,13 @@ def convnet(p: Arrays, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return feature, alpha, linear("fc3", feature)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_for_extraction_is_that_of_training(dtype: torch.dtype) -> None:
+    net = AttentionConvNet()
+    maps = torch.randn(5, 6, 28, 28).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(net.train()._pool(maps), net.eval()._pool(maps))
+
+
 def test_attention_convnet_is_the_contract() -> None:
     torch.manual_seed(3)
     net = AttentionConvNet()
