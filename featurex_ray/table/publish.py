@@ -257,13 +257,15 @@ def _cut(pieces: pa.Table, sources: list[pa.Table]) -> Iterator[pa.Table]:
 
 def _gather(facts: TableFacts, samples: pa.Table, sources: list[pa.Table], group: pa.Table) -> pa.Table:
     """The rows of one row group, in order. Each source is touched in one stretch, or nearly."""
-    found = []
+    kept: list[pa.Table] = []
+    staged: list[pa.Table] = []
     for source in pc.unique(group["source"]).to_pylist():
         pieces = group.filter(pc.equal(group["source"], source))
         slices = [sources[source].slice(start, stop - start) for start, stop in _stretches(pieces)]
-        rows = pa.concat_tables(slices)
-        found.append(rows if source == _KEPT else _features(facts, samples, rows))
-    return pa.concat_tables(found).sort_by([("sample_id", "ascending"), ("clip_index", "ascending")])
+        (kept if source == _KEPT else staged).extend(slices)
+    if staged:  # all at once: looking rows up in the plan takes as long as the plan is, however few they are
+        kept.append(_features(facts, samples, pa.concat_tables(staged)))
+    return pa.concat_tables(kept).sort_by([("sample_id", "ascending"), ("clip_index", "ascending")])
 
 
 def _stretches(pieces: pa.Table) -> Iterator[tuple[int, int]]:
