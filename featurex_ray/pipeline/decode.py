@@ -1,5 +1,6 @@
 """Fetch and decode: units in, units with uint8 frames out. Knows no torch."""
 
+import gc
 import hashlib
 import threading
 import time
@@ -195,6 +196,8 @@ class DecodeMedia:
         self._decoder = settings.sample_decoder()
         # Decoding takes the one CPU of this actor; the other thread's fetches overlap with it.
         self._decoding = threading.Lock()
+        # A block's rows set off the garbage collector, again and again; what is here by now is none.
+        gc.freeze()
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Units (or planned samples, which are units then) -> units with frames."""
