@@ -66,6 +66,7 @@ _APP1 = b"\xff\xe1"
 """Begins a JPEG's EXIF and XMP; in its pixels it can't stand, elsewhere only by chance."""
 
 _COPIED_BYTES = 1 << 20
+_PLAIN_PIXELS = 4_000_000
 _BAND_PIXELS = 1 << 20
 
 # All that Pillow's parsers were seen to raise on damaged files.
@@ -174,25 +175,26 @@ def set_bomb_check(limits: MediaLimits) -> None:
 def _plain_jpeg(
     data: Buffer, inputs: Sequence[InputSpec], limits: MediaLimits, *, full_decode: bool
 ) -> np.ndarray | None:
-    """A JPEG's pixels without Pillow, whose header parser takes longer than a small picture's pixels.
+    """A small JPEG's pixels without Pillow, whose header parser takes longer than they do.
 
-    Both have them from libjpeg-turbo, so that they are the same.
+    Both have them from a libjpeg-turbo of their own; tests hold one to the other.
 
     Returns:
         (H, W, 3) uint8, RGB; None where it takes Pillow: for orientation (EXIF or XMP), CMYK, decoding at
-        reduced scale, and whatever is damaged.
+        reduced scale, large pictures, which would be there twice, and whatever is damaged.
     """
-    encoded = bytes(data)
-    if _APP1 in encoded:
+    if len(data) > _COPIED_BYTES or _APP1 in (encoded := bytes(data)):
         return None
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colour not in ("YCbCr", "Gray") or (not full_decode and _scale(inputs, width, height) > 1):
+        if colour not in ("YCbCr", "Gray") or width * height > _PLAIN_PIXELS:
+            return None
+        if not full_decode and _scale(inputs, width, height) > 1:
             return None
         limits.check_size(width, height)
         limits.check_ratio(num_pixels=width * height, num_bytes=len(encoded))
         pixels: np.ndarray = simplejpeg.decode_jpeg(encoded, "RGB")
-    except ValueError:
+    except (ValueError, LookupError, RuntimeError):  # what it was seen to raise; 4:4:1 is a KeyError
         return None
     except MemoryError as error:
         raise _decode_error(error) from error

@@ -16,6 +16,9 @@ from featurex_ray.job import ExtractionJob, PoolSize
 SMALL_TASK_CPUS = 0.05
 """Cutting and staging parts wait for the store; they reserve next to nothing."""
 
+RESOURCE_STEPS = 10_000
+"""Ray counts resources in ten thousandths."""
+
 WRITING_THREADS = 2
 """Calls at the same time in a writing actor: one waits for the store while one makes its rows."""
 
@@ -190,26 +193,25 @@ class Deployment:
     """The actor pools of a run.
 
     Attributes:
+        write: Actors, not tasks: where actors hold all of a node's CPUs, Ray ends the process of a task a
+            second after it, and the next task waits some seconds for another.
         may_shrink: Whether actors that wait for work are given up. On a cluster that can shrink they may
             keep a node; elsewhere they keep nothing, and to start them anew takes seconds of CPU each.
     """
 
     decode: Pool
     extract: Pool
+    write: Pool
     may_shrink: bool
-
-    @property
-    def write(self) -> Pool:
-        """Actors that stage parts, not tasks.
-
-        Where actors hold all of a node's CPUs, Ray ends the process of a task a second after it, and
-        the next task waits some seconds for another.
-        """
-        return Pool(PoolSize(1, math.ceil(self.decode.size.maximum / 4)), SMALL_TASK_CPUS, 0.0)
 
 
 def deploy(
-    job: ExtractionJob, resources: dict[str, float], *, most: int, decodes_on_gpu: bool = False
+    job: ExtractionJob,
+    resources: dict[str, float],
+    *,
+    most: int,
+    num_nodes: int = 1,
+    decodes_on_gpu: bool = False,
 ) -> Deployment:
     """Size the pools.
 
@@ -221,6 +223,7 @@ def deploy(
         job: Its bounds win over what the resources suggest.
         resources: As `cluster_resources` gives them.
         most: Actors that a pool has at most, where the job sets no bounds.
+        num_nodes: Of the cluster by now; more than one can lose one.
         decodes_on_gpu: Whether decode actors need a GPU too.
 
     Raises:
@@ -239,14 +242,16 @@ def deploy(
         raise RequestError(
             f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs{left}"
         )
-    to_reserve = num_cpus - _spare_cpus(num_cpus)
+    cpus = _Cpus(num_cpus - _spare_cpus(num_cpus), grow=bool(job.can_grow_to))
     if decodes_on_gpu:
-        pools = _with_decoding_gpus(job, to_reserve, int(num_gpus), gpus_each, most)
+        decode, extract = _with_decoding_gpus(job, cpus, int(num_gpus), gpus_each, most)
     elif gpus_each:
-        pools = _with_gpus(job, to_reserve, int(num_gpus / gpus_each), gpus_each, most)
+        decode, extract = _with_gpus(job, cpus, int(num_gpus / gpus_each), gpus_each, most)
     else:
-        pools = _without_gpus(job, num_cpus, to_reserve, most)
-    return Deployment(*pools, may_shrink=bool(job.can_grow_to))
+        decode, extract = _without_gpus(job, num_cpus, cpus, most)
+    writers = max(math.ceil(decode.size.maximum / 4), min(num_nodes, 2))
+    write = Pool(PoolSize(1, writers), SMALL_TASK_CPUS, 0.0)
+    return Deployment(decode, extract, write, may_shrink=bool(job.can_grow_to))
 
 
 def _spare_cpus(num_cpus: int) -> float:
@@ -254,40 +259,52 @@ def _spare_cpus(num_cpus: int) -> float:
     return max(num_cpus / 32, 1.0 if num_cpus > 1 else 0.5)
 
 
-def _share(num_cpus: float, num_actors: float) -> float:
-    """What each of so many actors reserves: a CPU, or a half, a third ... of one.
+@dataclass(frozen=True)
+class _Cpus:
+    """CPUs that actors reserve; where the cluster can grow, what they reserve is also what makes it grow."""
 
-    Of such shares a node holds as many as its CPUs allow, so that all actors fit on nodes of any
-    size, and what is left over is not scattered in crumbs that no task can use.
-    """
-    return 1.0 / math.ceil(max(num_actors / num_cpus, 1.0) - 1e-9)
+    total: float
+    grow: bool
+
+    def share(self, num_actors: float, *, of: float | None = None) -> float:
+        """What each of so many actors reserves: a CPU, or a half, a third ... of one.
+
+        Of such shares a node holds as many as its CPUs allow, so that all actors fit on nodes of any
+        size, and what is left over is not scattered in crumbs that no task can use. Where nodes are only
+        to come, shares ask for all CPUs instead.
+        """
+        cpus_each = min((self.total if of is None else of) / num_actors, 1.0)
+        if not self.grow:
+            cpus_each = 1.0 / math.ceil(1.0 / cpus_each - 1e-9)
+        return math.floor(cpus_each * RESOURCE_STEPS) / RESOURCE_STEPS
 
 
 def _with_gpus(
-    job: ExtractionJob, to_reserve: float, num_devices: int, gpus_each: float, most: int
+    job: ExtractionJob, cpus: _Cpus, num_devices: int, gpus_each: float, most: int
 ) -> tuple[Pool, Pool]:
     extract = _bounds(job.extract_actors, num_devices, most)
-    cpus_each = _share(to_reserve, 4 * extract.maximum)
-    left = to_reserve - extract.maximum * cpus_each
-    decode = _bounds(job.decode_actors, max(round(left), 1), most)
-    return Pool(decode, _share(left, decode.maximum), 0.0), Pool(extract, cpus_each, gpus_each)
+    cpus_each = cpus.share(4 * extract.maximum)
+    left = cpus.total - extract.maximum * cpus_each
+    decode = _bounds(job.decode_actors, max(int(left), 1), most)
+    decode_cpus = cpus.share(decode.maximum, of=left)
+    return Pool(decode, decode_cpus, 0.0), Pool(extract, cpus_each, gpus_each)
 
 
 def _with_decoding_gpus(
-    job: ExtractionJob, to_reserve: float, num_gpus: int, gpus_each: float, most: int
+    job: ExtractionJob, cpus: _Cpus, num_gpus: int, gpus_each: float, most: int
 ) -> tuple[Pool, Pool]:
     num_devices = int(num_gpus * (1 - NVDEC_GPU) / gpus_each) if gpus_each else num_gpus
     extract = _bounds(job.extract_actors, num_devices, most)
     decode = _bounds(job.decode_actors, num_gpus * NVDEC_ACTORS, most)
-    cpus_each = _share(to_reserve, extract.maximum + decode.maximum)
+    cpus_each = cpus.share(extract.maximum + decode.maximum)
     gpu_share = min(num_gpus * NVDEC_GPU / decode.maximum, NVDEC_GPU)
     return Pool(decode, cpus_each, gpu_share), Pool(extract, cpus_each, gpus_each)
 
 
-def _without_gpus(job: ExtractionJob, num_cpus: int, to_reserve: float, most: int) -> tuple[Pool, Pool]:
+def _without_gpus(job: ExtractionJob, num_cpus: int, cpus: _Cpus, most: int) -> tuple[Pool, Pool]:
     decode = _bounds(job.decode_actors, num_cpus, most)
     extract = _bounds(job.extract_actors, num_cpus, most)
-    each = _share(to_reserve, decode.maximum + extract.maximum)
+    each = cpus.share(decode.maximum + extract.maximum)
     return Pool(decode, each, 0.0), Pool(extract, each, 0.0)
 
 

@@ -26,4 +26,6 @@ def is_json() -> bool:
 def emit(event: str, **fields: Any) -> None:
     """Write an event."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    print(json.dumps({"time": now, "event": event, **_bound, **fields}), file=sys.stderr, flush=True)
+    line = json.dumps({"time": now, "event": event, **_bound, **fields})
+    sys.stderr.write(f"{line}\n")  # in one piece: print() would let another thread in before the line's end
+    sys.stderr.flush()

@@ -38,9 +38,7 @@ METRICS = {
     "featurex_batch_rows_total": Declared("counter", "Rows of device batches that held a frame or clip."),
     "featurex_batch_slots_total": Declared("counter", "Rows that those batches had room for."),
     "featurex_queued_blocks": Declared("gauge", "Blocks that wait before a stage.", ("stage",)),
-    "featurex_pool_workers": Declared(
-        "gauge", "Actors (for writing: tasks) of a stage, by state.", ("stage", "state")
-    ),
+    "featurex_pool_workers": Declared("gauge", "Actors of a stage, by state.", ("stage", "state")),
     "featurex_object_store_bytes": Declared("gauge", "Bytes of the object store that the run uses."),
     "featurex_spilled_bytes": Declared("gauge", "Bytes that Ray has spilled to disk, whole cluster."),
     "featurex_publish_seconds": Declared(

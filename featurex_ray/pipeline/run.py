@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ POLL_SECONDS = 2.0
 """Between two looks at what other runs work on."""
 
 PLANS_AT_ONCE = 8
+PUBLISH_TRIES = 30
 """Plans whose staged parts are listed at the same time."""
 
 
@@ -372,13 +374,14 @@ def _execute(
     """Stage what is not staged, and publish each plan as soon as it is whole."""
     with ThreadPoolExecutor(PLANS_AT_ONCE) as threads:
         todo = list(threads.map(lambda assignment: _todo(tables, assignment), assignments))
-    publisher = Publisher(tables, assignments, report.run_id)
+    work = _work(request, tables, assignments, todo, report.run_id)
+    writers = work.deployment.write.size.maximum
+    publisher = Publisher(tables, assignments, report.run_id, num_actors=min(len(assignments), writers))
     tracker = Tracker(todo, num_tables=len(tables))
     for number, left in enumerate(tracker.left):
         if left == 0:
             publisher.submit(number)
     progress.begin(sum(tracker.left))
-    work = _work(request, tables, assignments, todo, report.run_id)
     try:
         for staged in run_pipeline(work, report.watched) if work.slices else ():
             report.startup_seconds = report.startup_seconds or time.monotonic() - started
@@ -438,7 +441,13 @@ def _work(
     ]
     most = most_actors(shape, num_samples=num_samples, windowed=windowed)
     decoder: DecoderPolicy = tables[0].facts.extractor["decoder"]
-    deployment = deploy(request.job, cluster, most=most, decodes_on_gpu="nvdec" in decoder)
+    deployment = deploy(
+        request.job,
+        cluster,
+        most=most,
+        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+        decodes_on_gpu="nvdec" in decoder,
+    )
     decode = _decode_settings(request, inputs, decoder)
     extract = [
         ExtractSettings(
@@ -495,22 +504,35 @@ def _decode_settings(
 
 
 class Publisher:
-    """Publishes whole plans in an actor of its own, while others are still being worked on."""
+    """Publishes whole plans in actors of its own, while others are still being worked on.
+
+    Args:
+        tables: Of the run.
+        assignments: Whose plans are to be published.
+        run_id: Which run it is.
+        num_actors: They take turns.
+    """
 
     def __init__(
-        self, tables: Sequence[FeatureTable], assignments: Sequence[Assignment], run_id: str
+        self,
+        tables: Sequence[FeatureTable],
+        assignments: Sequence[Assignment],
+        run_id: str,
+        *,
+        num_actors: int,
     ) -> None:
         self._assignments = assignments
         actor: Any = ray.remote(PublishPlans)
-        self._actor = actor.options(
-            num_cpus=SMALL_TASK_CPUS, max_restarts=-1, max_task_retries=3, max_concurrency=PUBLISHING_THREADS
-        ).remote(tables, run_id)
+        # All calls that wait for an actor lose a try when it dies, whichever of them it was.
+        options = {"max_restarts": -1, "max_task_retries": PUBLISH_TRIES, "num_cpus": SMALL_TASK_CPUS}
+        made = actor.options(max_concurrency=PUBLISHING_THREADS, **options)
+        self._actors = cycle([made.remote(tables, run_id) for _ in range(num_actors)])
         self._pending: list[tuple[int, Plan, Any]] = []
 
     def submit(self, number: int) -> None:
         """Begin to publish the plans of one assignment."""
         for index, plan in self._assignments[number].plans.items():
-            self._pending.append((index, plan, self._actor.publish.remote(index, plan)))
+            self._pending.append((index, plan, next(self._actors).publish.remote(index, plan)))
 
     def wait(self) -> list[tuple[int, Plan, Published]]:
         """What was published, with the table's place in the run.

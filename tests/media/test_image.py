@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -232,6 +233,17 @@ def test_plain_jpegs_have_the_pixels_that_pillow_gives_without_asking_it(
         with monkeypatch.context() as patch:
             patch.setattr(Image, "open", None)
             assert np.array_equal(pixels(data, whole), expected)
+
+
+def test_a_jpeg_of_a_subsampling_without_a_name_is_decoded() -> None:
+    """4:4:1, as losslessly rotated 4:1:1 has it: here, the blocks of 4:2:0 in another order."""
+    usual = encoded_jpeg("RGB", (32, 32), quality=75, subsampling=2, progressive=False)
+    data = usual.replace(b"\x03\x01\x22\x00", b"\x03\x01\x14\x00")
+    assert data != usual
+    with pytest.raises(KeyError):
+        simplejpeg.decode_jpeg_header(data)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(pixels(data, InputSpec(32, 32)), expected)
 
 
 @given(st.data())

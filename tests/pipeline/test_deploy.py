@@ -11,7 +11,6 @@ from featurex_ray.job import ExtractionJob, PoolSize
 from featurex_ray.pipeline.deploy import (
     IMAGES,
     INLINE,
-    SMALL_TASK_CPUS,
     VIDEOS,
     BlockShape,
     Deployment,
@@ -40,22 +39,36 @@ def test_pools_leave_room_for_small_tasks(num_cpus: int, num_gpus: int) -> None:
 
 @pytest.mark.parametrize("cpus_each", [1, 2, 4, 16])
 @pytest.mark.parametrize("num_nodes", [1, 2, 7, 64])
-@pytest.mark.parametrize(("decode_actors", "extract_actors"), [(None, None), ("5", "1"), ("2", "2")])
-def test_all_actors_fit_on_nodes_and_leave_room_on_one_of_them(
+@pytest.mark.parametrize(
+    ("decode_actors", "extract_actors"), [(None, None), ("5", "1"), ("2", "2"), ("3", "4")]
+)
+def test_all_actors_fit_on_nodes_with_room_for_writers_publisher_and_a_task(
     cpus_each: int, num_nodes: int, decode_actors: str | None, extract_actors: str | None
 ) -> None:
-    """However Ray fills the nodes: each takes as many as fit, one after the other."""
+    """However Ray fills the nodes: each takes as many as fit, one after the other, to a ten thousandth."""
     bounds = job(decode_actors=decode_actors, extract_actors=extract_actors)
-    found = deploy(bounds, {"CPU": cpus_each * num_nodes}, most=10_000)
+    found = deploy(bounds, {"CPU": cpus_each * num_nodes}, most=10_000, num_nodes=num_nodes)
     assert found.decode.num_cpus == found.extract.num_cpus
     left = found.decode.size.maximum + found.extract.size.maximum
-    free = []
+    small = found.write.size.maximum + 2
     for _ in range(num_nodes):
         here = min(math.floor(cpus_each / found.decode.num_cpus + 1e-9), left)
-        free.append(cpus_each - here * found.decode.num_cpus)
+        small -= math.floor((cpus_each - here * found.decode.num_cpus) / found.write.num_cpus)
         left -= here
     assert left == 0
-    assert max(free) >= found.write.num_cpus + SMALL_TASK_CPUS
+    assert small <= 0
+
+
+@pytest.mark.parametrize("limits", ["CPU=64", "CPU=312,GPU=4"])
+def test_actors_ask_for_all_that_a_cluster_can_grow_to(limits: str) -> None:
+    growing = job(max_resources=limits)
+    found = deploy(growing, growing.can_grow_to, most=10_000)
+    assert reserved_cpus(found) >= 0.95 * growing.can_grow_to["CPU"]
+
+
+def test_a_cluster_of_several_nodes_has_two_writers_at_least() -> None:
+    assert deploy(job(), {"CPU": 4}, most=100).write.size.maximum == 1
+    assert deploy(job(), {"CPU": 4}, most=100, num_nodes=2).write.size.maximum == 2
 
 
 def test_gpu_cluster_gives_each_extract_actor_a_gpu_and_decode_the_cpus() -> None:
