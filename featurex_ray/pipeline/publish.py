@@ -8,7 +8,7 @@ from featurex_ray.table.log import Plan
 from featurex_ray.table.publish import Published
 from featurex_ray.table.table import FeatureTable
 
-THREADS = 2
+PUBLISHING_THREADS = 2
 """Plans at the same time: while one waits for the store, one counts."""
 
 
@@ -16,7 +16,7 @@ class PublishPlans:
     """An actor: it starts with the pipeline, so that no run waits for a process at its end."""
 
     def __init__(self, tables: Sequence[FeatureTable], run_id: str) -> None:
-        limit_threads(THREADS)
+        limit_threads(PUBLISHING_THREADS)
         self._tables = tables
         self._run_id = run_id
 

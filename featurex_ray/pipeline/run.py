@@ -46,8 +46,7 @@ from featurex_ray.pipeline.execute import Tracker, Work, failed_units, first_lin
 from featurex_ray.pipeline.extract import ExtractSettings
 from featurex_ray.pipeline.preflight import ask_nodes
 from featurex_ray.pipeline.progress import Progress, Silent
-from featurex_ray.pipeline.publish import THREADS as PUBLISHING_THREADS
-from featurex_ray.pipeline.publish import PublishPlans
+from featurex_ray.pipeline.publish import PUBLISHING_THREADS, PublishPlans
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
 from featurex_ray.pipeline.source import Assignment, slices_of
 from featurex_ray.pipeline.threads import threads_of

@@ -1,9 +1,6 @@
 """Pools under load, by Ray's own statistics: who is held back, who idles, and what the report says of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 from PIL import Image
 
 from featurex_ray.manifest import build_manifest
-from tests.conftest import CHECKOUT
+from tests.pipeline.driver import run_driver
 
 OBJECT_STORE_BYTES = 300 << 20
 DRIVER = """
@@ -31,18 +28,8 @@ print(json.dumps(report.to_json() | {"spilled_by_raylet": spilled}, default=str)
 
 
 def run(manifest: Path, output: Path, **options: Any) -> dict[str, Any]:
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, manifest, output, str(OBJECT_STORE_BYTES), json.dumps(options)],
-        cwd=CHECKOUT,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert driver.returncode == 0, driver.stderr
-    found: dict[str, Any] = json.loads(driver.stdout.splitlines()[-1])
-    return found
+    arguments = [str(manifest), str(output), str(OBJECT_STORE_BYTES), json.dumps(options)]
+    return run_driver(DRIVER, *arguments, seconds=300)
 
 
 @pytest.mark.long

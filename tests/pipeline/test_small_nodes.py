@@ -1,15 +1,12 @@
 """Nodes whose CPUs all belong to actors: no stage waits for a CPU that never comes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
 
 from featurex_ray.manifest import build_manifest
-from tests.conftest import CHECKOUT
+from tests.pipeline.driver import run_driver
 
 DRIVER = """
 import json, sys
@@ -36,14 +33,5 @@ def test_cut_videos_end_on_two_nodes_full_of_actors(tmp_path: Path) -> None:
         Image.new("RGB", (32, 32), (10 * i, 80, 80)).save(tmp_path / "media" / f"{i}.png")
     build_manifest(str(tmp_path / "media"), str(tmp_path / "m.csv"), dataset="d")
     options = {"clip_seconds": 2.0, "decode_actors": "4", "extract_actors": "2"}
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "m.csv"), str(tmp_path / "out"), json.dumps(options)],
-        cwd=CHECKOUT,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert driver.returncode == 0, driver.stderr
-    assert json.loads(driver.stdout.splitlines()[-1]) == {"planned": 8, "failed": 0}
+    arguments = [str(tmp_path / "m.csv"), str(tmp_path / "out"), json.dumps(options)]
+    assert run_driver(DRIVER, *arguments, seconds=200) == {"planned": 8, "failed": 0}
