@@ -381,6 +381,7 @@ def _execute(
         if left == 0:
             publisher.submit(number)
     progress.begin(sum(tracker.left))
+    metrics.show("featurex_samples_left", sum(tracker.left))
     try:
         for staged in run_pipeline(work, report.watched) if work.slices else ():
             report.startup_seconds = report.startup_seconds or time.monotonic() - started

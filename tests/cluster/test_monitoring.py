@@ -51,6 +51,7 @@ ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=Fal
          _metrics_export_port=int(port), _system_config={"metrics_report_interval_ms": 500})
 fx.run(fx.ExtractionJob(manifest=manifest, output=output, extractor="tests.pipeline.own:SlowMean",
                         max_samples_per_plan=8), progress=console_progress())
+sys.stdin.read()  # a scrape may come after the run's end: what it told last stays until then
 """
 
 
@@ -81,6 +82,10 @@ def all_expressions() -> list[str]:
     return panels + [rule["expr"] for rule in rules()]
 
 
+def named_by_all() -> set[str]:
+    return set().union(*map(names_in, all_expressions()))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that was scraped while it went."""
@@ -100,6 +105,11 @@ def scrape(port: int) -> set[str]:
     return {re.split(r"[{ ]", line, maxsplit=1)[0] for line in lines if not line.startswith("#")}
 
 
+def told(scraped: set[str]) -> set[str]:
+    """The declared metrics that have time series."""
+    return {name for name in METRICS if any(series.startswith(f"ray_{name}") for series in scraped)}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("monitoring")
@@ -116,17 +126,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         [sys.executable, "-c", DRIVER, str(folder / "m.csv"), str(folder / "out"), str(port), str(temp)],
         cwd=CHECKOUT,
         env=os.environ | {"FEATUREX_LOG": "json", "RAY_AUTH_MODE": "disabled"},
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     scraped: set[str] = set()
     deadline = time.monotonic() + 180
-    while driver.poll() is None:
-        assert time.monotonic() < deadline, "the run does not end"
+    while not (named_by_all() <= scraped and told(scraped) == set(METRICS)):
+        if driver.poll() is not None or time.monotonic() > deadline:
+            break  # what is missing is for the tests to say
         scraped |= scrape(port)
         time.sleep(0.5)
-    assert driver.stderr
-    stderr = driver.stderr.read()
+    _, stderr = driver.communicate(timeout=60)
     assert driver.returncode == 0, stderr
     logs = "".join(p.read_text(errors="replace") for p in temp.glob("session_latest/logs/worker-*.err"))
     shutil.rmtree(temp, ignore_errors=True)
@@ -134,14 +145,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_every_declared_metric_is_told(run: Run) -> None:
-    told = {name for name in METRICS if any(series.startswith(f"ray_{name}") for series in run.scraped)}
-    assert set(METRICS) - told == set()
+    assert set(METRICS) - told(run.scraped) == set()
 
 
 def test_every_metric_of_panels_and_rules_is_there(run: Run) -> None:
-    named = set().union(*map(names_in, all_expressions()))
-    assert len(named) >= len(METRICS)
-    assert named - run.scraped == set()
+    assert len(named_by_all()) >= len(METRICS)
+    assert named_by_all() - run.scraped == set()
 
 
 def test_every_declared_metric_is_shown() -> None:
