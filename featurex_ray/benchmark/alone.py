@@ -18,7 +18,7 @@ from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.models.embed import Embedder
 from featurex_ray.models.registry import ResolvedExtractor
-from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, Media, fetch_media, whole_unit
+from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, Media, fetch_media, whole_units
 from featurex_ray.pipeline.extract import frame_array
 from featurex_ray.storage import Fetcher, ReadPolicy
 
@@ -102,7 +102,7 @@ def measure_alone(
     Raises:
         RequestError: Not one sample could be decoded.
     """
-    rows = samples.to_pylist()
+    units = whole_units(samples)
     inputs = tuple(dict.fromkeys(e.spec.input for e in extractors))
     settings = DecodeSettings(
         policy=policy,
@@ -114,21 +114,23 @@ def measure_alone(
         isolation="none",  # CPU seconds are this process's; a child's cost a few percent more
     )
     with Fetcher(policy) as fetcher:
-        fetch_media(rows[:4], fetcher)  # first connections and imports are start-up, not the stage
+        fetch_media(units[:4], fetcher)  # first connections and imports are start-up, not the stage
         begin()
-        fetch, media = _measured(len(rows), lambda: fetch_media(rows, fetcher))
-    decode, units = _decode_alone(settings, rows, media, begin)
+        fetch, media = _measured(len(units), lambda: fetch_media(units, fetcher))
+    decode, decoded = _decode_alone(settings, units, media, begin)
     embed, rates, where = {}, {}, ""
     for extractor in extractors:
         embedder = Embedder(
             extractor, precision=precision, device=device, batch_frames=batch_size, num_threads=1
         )
-        embed[extractor.spec.name] = _embed_alone(embedder, units, inputs.index(extractor.spec.input), begin)
+        embed[extractor.spec.name] = _embed_alone(
+            embedder, decoded, inputs.index(extractor.spec.input), begin
+        )
         where = str(embedder.device)
         if embedder.device.type != "cpu":
-            clip_frames = units["clips"][0].as_py()[0]["num_frames"]
+            clip_frames = decoded["clips"][0].as_py()[0]["num_frames"]
             rates[extractor.spec.name] = measure_device(embedder, clip_frames=clip_frames)
-    return Costs(len(rows), fetch, decode, embed, where, rates)
+    return Costs(len(units), fetch, decode, embed, where, rates)
 
 
 def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:
@@ -174,17 +176,16 @@ def _measured(samples: int, work: Callable[[], Any]) -> tuple[StageCost, Any]:
 
 
 def _decode_alone(
-    settings: DecodeSettings, rows: list[dict[str, Any]], media: dict[Any, Media], begin: Callable[[], Any]
+    settings: DecodeSettings, units: pa.Table, media: Sequence[Media | None], begin: Callable[[], Any]
 ) -> tuple[StageCost, pa.Table]:
     decode = DecodeMedia(settings)
-    units = [whole_unit(row) for row in rows]
-    decode.decode(units[:4], media, fetch_seconds=0.0)
+    decode.decode(units[:4], media[:4], fetch_seconds=0.0)
     begin()
-    cost, decoded = _measured(len(rows), lambda: decode.decode(units, media, fetch_seconds=0.0))
+    cost, decoded = _measured(len(units), lambda: decode.decode(units, media, fetch_seconds=0.0))
     good = decoded.filter(decoded["error"].is_null())
     if not len(good):
         message = decoded["error"][0].as_py()["message"]
-        raise RequestError(f"none of the first {len(rows)} samples could be decoded; the first: {message}")
+        raise RequestError(f"none of the first {len(units)} samples could be decoded; the first: {message}")
     return cost, good
 
 

@@ -35,7 +35,7 @@ from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline import metrics
 from featurex_ray.pipeline.source import PlannedSamples
 from featurex_ray.pipeline.threads import limit_threads
-from featurex_ray.pipeline.units import CUT, decoded_schema, error_struct, peak_bytes, to_table
+from featurex_ray.pipeline.units import CUT, PLANNED, decoded_schema, error_struct, peak_bytes, to_table
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
 
 
@@ -84,35 +84,50 @@ _sample_request = lru_cache(maxsize=1024)(SampleRequest)
 Media = Fetched | SampleError
 
 
-def fetch_media(rows: Sequence[dict[str, Any]], fetcher: Fetcher) -> dict[Any, Media]:
+def fetch_media(units: pa.Table, fetcher: Fetcher) -> list[Media | None]:
     """The encoded media of some rows, many fetches in flight, each object once.
 
+    Args:
+        units: In the schema `PLANNED` or `CUT`.
+        fetcher: What reads objects.
+
     Returns:
-        Media or its error, by `media_key(row)`.
+        Media or its error, one a row; None for units that have an error already.
     """
-    wanted = {media_key(row): row for row in rows}
-    inline = [key for key, row in wanted.items() if row["data_file"] is not None]
-    remote = [key for key, row in wanted.items() if row["data_file"] is None]
-    fetched: dict[Any, Media] = {}
-    for index, media in fetcher.fetch_many([wanted[key]["uri"] for key in remote]):
+    keys = _media_keys(units)
+    wanted = dict.fromkeys(key for key in keys if key is not None)
+    inline = [key for key in wanted if isinstance(key, tuple)]
+    remote = [key for key in wanted if isinstance(key, str)]
+    fetched: dict[_Key | None, Media | None] = {None: None}
+    for index, media in fetcher.fetch_many(remote):
         fetched[remote[index]] = media
-    fetched.update(_read_inline(inline))
-    return fetched
+    fetched.update(zip(inline, _read_inline(inline), strict=True))
+    return [fetched[key] for key in keys]
 
 
-def media_key(row: dict[str, Any]) -> Any:
-    """What tells one media object from another."""
-    return row["uri"] if row["data_file"] is None else (row["data_file"], row["data_row"])
+_Key = str | tuple[str, int]  # a URI, or a row of a file of inline media
 
 
-def _read_inline(keys: Sequence[tuple[str, int]]) -> dict[Any, Media]:
+def _media_keys(units: pa.Table) -> list[_Key | None]:
+    """What tells one media object from another; None where a unit has failed."""
+    places = (units[name].to_pylist() for name in ("uri", "data_file", "data_row"))
+    keys: list[_Key | None] = [
+        uri if file is None else (file, row) for uri, file, row in zip(*places, strict=True)
+    ]
+    if "error" in units.column_names:
+        for failed in np.flatnonzero(units["error"].is_valid().to_numpy()):
+            keys[failed] = None
+    return keys
+
+
+def _read_inline(keys: Sequence[tuple[str, int]]) -> list[Media]:
     start = time.perf_counter()
     media = read_inline(keys)
     seconds = (time.perf_counter() - start) / max(len(keys), 1)
-    return {
-        key: data if isinstance(data, SampleError) else Fetched(data, "inline", attempts=1, seconds=seconds)
-        for key, data in zip(keys, media, strict=True)
-    }
+    return [
+        data if isinstance(data, SampleError) else Fetched(data, "inline", attempts=1, seconds=seconds)
+        for data in media
+    ]
 
 
 class CutUnits:
@@ -130,8 +145,7 @@ class CutUnits:
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Planned samples -> units, at least one a sample, in the schema `CUT`."""
         rows = samples.to_pylist()
-        media = fetch_media(rows, self._fetcher)
-        found = [media[media_key(row)] for row in rows]
+        found = fetch_media(samples, self._fetcher)
         requests = [
             (self._settings.request(row, cut=True), each.data)
             for row, each in zip(rows, found, strict=True)
@@ -146,12 +160,12 @@ class CutUnits:
         return to_table(units, CUT)
 
 
-def _units(row: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+def _units(row: dict[str, Any], outcome: Outcome | None) -> list[dict[str, Any]]:
     """A sample's units: the runs of its clips, or one of the whole sample."""
     if isinstance(outcome, SampleError):
-        return [whole_unit(row) | {"error": error_struct(outcome)}]
+        return [row | WHOLE | {"error": error_struct(outcome)}]
     if not isinstance(outcome, list) or not outcome:
-        return [whole_unit(row)]
+        return [row | WHOLE]
     return [
         row
         | {
@@ -174,9 +188,26 @@ def cut(slices: pa.Table, settings: DecodeSettings, samples: PlannedSamples) -> 
     yield from map(_cutter(settings), samples.read(slices))
 
 
-def whole_unit(row: dict[str, Any]) -> dict[str, Any]:
-    """The one unit of a sample that is not cut."""
-    return row | {"unit_index": 0, "num_units": 1}
+WHOLE = {"unit_index": 0, "num_units": 1}
+"""The one unit of a sample that is not cut."""
+
+
+def whole_units(samples: pa.Table) -> pa.Table:
+    """Planned samples as units, in the schema `CUT`: none of them is cut."""
+    num_rows = len(samples)
+    added = {
+        field.name: pa.repeat(pa.scalar(WHOLE.get(field.name), field.type), num_rows)
+        for field in CUT
+        if field.name not in PLANNED.names
+    }
+    return pa.table([added[name] if name in added else samples[name] for name in CUT.names], schema=CUT)
+
+
+_ASKED = ["media_type", "start_seconds", "end_seconds", "first_clip", "num_unit_clips", "error"]
+"""All of a unit that decoding looks at."""
+
+_CHANGES = ["media_type", "num_unit_clips", "error"]
+"""Columns of a unit that decoding knows better, or adds to."""
 
 
 class DecodeMedia:
@@ -193,6 +224,8 @@ class DecodeMedia:
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
         self._schema = decoded_schema(len(settings.inputs))
+        stays = {*CUT.names} - {*_CHANGES}
+        self._made = pa.schema([field for field in self._schema if field.name not in stays])
         self._decoder = settings.sample_decoder()
         # Decoding takes the one CPU of this actor; the other thread's fetches overlap with it.
         self._decoding = threading.Lock()
@@ -201,43 +234,46 @@ class DecodeMedia:
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Units (or planned samples, which are units then) -> units with frames."""
-        rows = [row if "unit_index" in row else whole_unit(row) for row in units.to_pylist()]
+        if "unit_index" not in units.column_names:
+            units = whole_units(units)
         start = time.perf_counter()
-        media = fetch_media([row for row in rows if not row.get("error")], self._fetcher)
+        media = fetch_media(units, self._fetcher)
         # What fetching took of the actor's time; the objects of a block are fetched at the same time.
-        return self.decode(rows, media, fetch_seconds=(time.perf_counter() - start) / max(len(rows), 1))
+        return self.decode(units, media, fetch_seconds=(time.perf_counter() - start) / max(len(units), 1))
 
-    def decode(
-        self, units: list[dict[str, Any]], media: dict[Any, Media], *, fetch_seconds: float
-    ) -> pa.Table:
-        """Units with frames, of units and their media by `media_key`.
+    def decode(self, units: pa.Table, media: Sequence[Media | None], *, fetch_seconds: float) -> pa.Table:
+        """Units with frames, of units and their media.
 
         Args:
-            units: Rows in the schema `CUT`.
-            media: What was fetched for those that have no error.
+            units: In the schema `CUT`.
+            media: As `fetch_media` has it.
             fetch_seconds: What fetching took, a unit.
         """
         with self._decoding:
-            decoded = self._decode(units, media)
+            rows = self._decode(units.select(_ASKED).to_pylist(), media)
             peak = max(peak_bytes(), self._decoder.peak_bytes())
+        made = to_table(rows, self._made)
         costs = {"fetch_seconds": fetch_seconds, "decode_peak_bytes": peak}
-        decoded = [row | costs for row in decoded]
+        columns = {name: units[name] for name in CUT.names}
+        columns |= {name: made[name] for name in made.column_names}
+        columns |= {name: pa.repeat(cost, len(units)) for name, cost in costs.items()}
+        decoded = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
         metrics.count_decoded(decoded)
-        return to_table(decoded, self._schema)
+        return decoded
 
-    def _decode(self, rows: list[dict[str, Any]], media: dict[Any, Media]) -> list[dict[str, Any]]:
-        found = [None if row.get("error") else media[media_key(row)] for row in rows]
+    def _decode(self, rows: list[dict[str, Any]], media: Sequence[Media | None]) -> list[dict[str, Any]]:
+        """What decoding makes of units, less what stays as it is."""
         requests = [
             (self._settings.request(row), each.data)
-            for row, each in zip(rows, found, strict=True)
+            for row, each in zip(rows, media, strict=True)
             if isinstance(each, Fetched)
         ]
         done = iter(self._decoder.decode(requests))
         return [
-            row | _media_columns(each) | _outcome_columns(next(done))
+            {**row, **_media_columns(each), **_outcome_columns(next(done))}
             if isinstance(each, Fetched)
             else row | ({"error": error_struct(each)} if each else {})
-            for row, each in zip(rows, found, strict=True)
+            for row, each in zip(rows, media, strict=True)
         ]
 
 
@@ -316,5 +352,5 @@ def _video_columns(video: DecodedVideo) -> dict[str, Any]:
     }
 
 
-def _frame_columns(frames: Sequence[np.ndarray]) -> dict[str, memoryview]:
-    return {f"frames_{i}": np.ascontiguousarray(array).data.cast("B") for i, array in enumerate(frames)}
+def _frame_columns(frames: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"frames_{i}": array for i, array in enumerate(frames)}

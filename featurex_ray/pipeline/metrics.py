@@ -6,10 +6,13 @@ processes that come and go: look at their `rate()`. A stage that runs without Ra
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from ray.util.metrics import Counter, Gauge, Histogram
@@ -103,17 +106,18 @@ def published(table: str) -> Iterator[None]:
         _histogram("featurex_publish_seconds").observe(time.perf_counter() - start, {"table": table})
 
 
-def count_decoded(units: Sequence[Mapping[str, Any]]) -> None:
+def count_decoded(units: pa.Table) -> None:
     """Tell what a decode call did.
 
     Args:
-        units: Its rows, in the schema `decoded_schema`.
+        units: In the schema `decoded_schema`.
     """
     for stage in ("fetch", "decode"):
-        seconds = sum(unit.get(f"{stage}_seconds") or 0.0 for unit in units)
+        seconds = pc.sum(units[f"{stage}_seconds"]).as_py() or 0.0
         count("featurex_stage_seconds_total", seconds, stage=stage)
-    count("featurex_fetched_bytes_total", sum(unit.get("fetched_bytes") or 0 for unit in units))
-    count("featurex_clips_total", sum(len(unit.get("clips") or ()) for unit in units), stage="decode")
+    count("featurex_fetched_bytes_total", pc.sum(units["fetched_bytes"]).as_py() or 0)
+    clips = pc.sum(pc.list_value_length(units["clips"])).as_py() or 0
+    count("featurex_clips_total", clips, stage="decode")
 
 
 def count_extracted(*, clips: int, seconds: float, waited: float) -> None:

@@ -141,7 +141,7 @@ def error_struct(error: SampleError) -> dict[str, Any]:
 
 
 def to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table; what a row does not name is null."""
+    """Rows as an Arrow table; what a row does not name is null. Frames are uint8 arrays."""
     columns = [_column([row.get(field.name) for row in rows], field.type) for field in schema]
     return pa.table(columns, schema=schema)
 
@@ -150,11 +150,11 @@ def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     return _frames_column(values) if kind == pa.large_binary() else pa.array(values, type=kind)
 
 
-def _frames_column(values: Sequence[memoryview | None]) -> pa.LargeBinaryArray:
+def _frames_column(values: Sequence[np.ndarray | None]) -> pa.LargeBinaryArray:
     """Frames as Arrow, copied once. `pa.array` would never let go of a memoryview (seen on pyarrow 26)."""
-    lengths = [0 if value is None else value.nbytes for value in values]
+    lengths = [0 if value is None else value.size for value in values]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    frames = [np.frombuffer(value, np.uint8) for value in values if value is not None]
+    frames = [value.reshape(-1) for value in values if value is not None]
     buffers = [
         pa.array([value is not None for value in values], pa.bool_()).buffers()[1],
         pa.py_buffer(offsets.astype(np.int64)),
