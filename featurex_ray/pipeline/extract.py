@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,16 @@ from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.pipeline import metrics
 from featurex_ray.pipeline.threads import limit_threads
-from featurex_ray.pipeline.units import COSTS, CUT, MEDIA, error_struct, extracted_schema, peak_bytes
+from featurex_ray.pipeline.units import (
+    COSTS,
+    CUT,
+    ERROR,
+    MEDIA,
+    RESULT,
+    error_struct,
+    extracted_schema,
+    peak_bytes,
+)
 
 if TYPE_CHECKING:
     from featurex_ray.models.embed import Embedder, Features
@@ -79,78 +88,85 @@ class ExtractFeatures:
         metrics.count_batches(rows=self._batches[0] - rows, slots=self._batches[1] - slots)
         self._idle_since = now
 
-    def _extract(self, units: pa.Table, settings: ExtractSettings, embedder: "Embedder") -> pa.Array:
-        rows = _UnitRows.read(units, settings)
-        features = embedder.embed(rows.frames, rows.clip_lengths) if len(rows.clip_lengths) else None
-        return pa.array(list(rows.results(features)), type=self._schema.field("result_0").type)
+    def _extract(self, units: pa.Table, settings: ExtractSettings, embedder: "Embedder") -> pa.StructArray:
+        asked = _asked(units, settings)
+        errors = _refusals(units, settings, asked)
+        taken = asked & errors.is_null().to_numpy(zero_copy_only=False)
+        frames = units[f"frames_{settings.input_index}"]
+        clips = units["clips"].combine_chunks()
+        if not taken.all():  # a filter copies
+            frames, clips = frames.filter(pa.array(taken)), clips.filter(pa.array(taken))
+        lengths = clips.flatten().field("num_frames").to_numpy().astype(np.int64)
+        if not len(lengths):
+            return _results(None, np.zeros(len(units), np.int64), errors, asked)
+        features = embedder.embed(frame_array(frames, settings.resolved.spec.input), lengths)
+        num_clips = np.zeros(len(units), np.int64)
+        num_clips[taken] = clips.value_lengths().to_numpy()
+        return _results(features, num_clips, errors, asked)
 
 
-@dataclass
-class _UnitRows:
-    """The units of one block that one extractor takes, their frames laid end to end."""
-
-    refusals: list[dict[str, Any] | None]  # one a unit: why it is not embedded
-    num_clips: list[int]  # one a unit: clips that are embedded
-    frames: np.ndarray  # (F, H, W, 3) uint8
-    clip_lengths: np.ndarray  # (N,) int64
-
-    @classmethod
-    def read(cls, units: pa.Table, settings: ExtractSettings) -> "_UnitRows":
-        spec = settings.resolved.spec
-        facts = units.select(["assignment", "media_type", "clips", "error"]).to_pylist()
-        refusals = [_refusal(row, settings) for row in facts]
-        lengths = [
-            [] if refusal is not None else [clip["num_frames"] for clip in row["clips"]]
-            for row, refusal in zip(facts, refusals, strict=True)
-        ]
-        taken = pa.array([refusal is None for refusal in refusals])
-        column = units.column(f"frames_{settings.input_index}").filter(taken)
-        return cls(
-            refusals=refusals,
-            num_clips=[len(clips) for clips in lengths],
-            frames=frame_array(column, spec.input),
-            clip_lengths=np.array([n for clips in lengths for n in clips], dtype=np.int64),
-        )
-
-    def results(self, features: "Features | None") -> list[dict[str, Any] | None]:
-        """One result a unit, in order."""
-        results: list[dict[str, Any] | None] = []
-        first = 0
-        for refusal, num_clips in zip(self.refusals, self.num_clips, strict=True):
-            if refusal is not None or features is None:
-                results.append(refusal or None)
-                continue
-            results.append(_result(features, range(first, first + num_clips)))
-            first += num_clips
-        return results
+def _asked(units: pa.Table, settings: ExtractSettings) -> np.ndarray:
+    """(N,) bool: the units that this extractor's table wants."""
+    if settings.assignments is None:
+        return np.ones(len(units), bool)
+    return np.isin(units["assignment"].to_numpy(), list(settings.assignments))
 
 
-def _refusal(row: dict[str, Any], settings: ExtractSettings) -> dict[str, Any] | None:
-    """Why a unit is not embedded: {} where this extractor is not asked for, an error, or None."""
-    if settings.assignments is not None and row["assignment"] not in settings.assignments:
-        return {}
-    if row["error"] is not None:
-        return {"error": row["error"]}
+def _refusals(units: pa.Table, settings: ExtractSettings, asked: np.ndarray) -> pa.StructArray:
+    """One a unit, of the type `ERROR`: why it is not embedded, null where it is or isn't asked for."""
+    errors = pc.if_else(pa.array(asked), units["error"].combine_chunks(), pa.scalar(None, ERROR))
     spec = settings.resolved.spec
-    if spec.media == "video" and row["media_type"] == "image":
-        error = ExtractError(
-            "unsupported_media",
-            f"{spec.name} takes videos and this sample is an image; use an image extractor for it",
-        )
-        return {"error": error_struct(error)}
-    return None
+    if spec.media != "video":
+        return errors
+    refusal = ExtractError(
+        "unsupported_media",
+        f"{spec.name} takes videos and this sample is an image; use an image extractor for it",
+    )
+    is_image = pc.equal(units["media_type"].combine_chunks(), "image")
+    refused = pc.and_(pc.and_(pa.array(asked), errors.is_null()), pc.fill_null(is_image, False))
+    return pc.if_else(refused, pa.scalar(error_struct(refusal), ERROR), errors)
 
 
-def _result(features: "Features", clips: range) -> dict[str, Any]:
-    """One unit's result; a clip that could not be embedded fails its unit."""
-    for clip in clips:
-        if clip in features.errors:
-            return {"error": error_struct(features.errors[clip])}
-    result: dict[str, Any] = {"features": list(features.feature[clips.start : clips.stop])}
-    if features.attention is not None and features.attention_shape is not None:
-        result["attentions"] = [features.attention[i] for i in clips]
-        result["attention_shapes"] = [features.attention_shape[i] for i in clips]
-    return result
+def _results(
+    features: "Features | None", num_clips: np.ndarray, errors: pa.StructArray, asked: np.ndarray
+) -> pa.StructArray:
+    """One result a unit; a clip that could not be embedded fails its unit.
+
+    Args:
+        features: Of all clips that were embedded, in the units' order; None if there were none.
+        num_clips: (U,) int64: how many of them are each unit's.
+        errors: (U,) of the type `ERROR`: why others were not embedded.
+        asked: (U,) bool; the others' results are null.
+    """
+    units = np.repeat(np.arange(len(num_clips)), num_clips)
+    if features is not None and features.errors:
+        told = errors.to_pylist()
+        for clip, error in features.errors.items():
+            told[units[clip]] = told[units[clip]] or error_struct(error)
+        errors = pa.array(told, ERROR)
+    is_good = asked & errors.is_null().to_numpy(zero_copy_only=False)
+    kept = np.flatnonzero(is_good[units])
+    values: dict[str, pa.Array] = {}
+    if features is not None:
+        values["features"] = _lists(features.feature[kept])
+        if features.attention is not None and features.attention_shape is not None:
+            values["attentions"] = pa.array([features.attention[i] for i in kept], pa.list_(pa.float32()))
+            shapes = [features.attention_shape[i] for i in kept]
+            values["attention_shapes"] = pa.array(shapes, pa.list_(pa.int32()))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(np.where(is_good, num_clips, 0))]), pa.int32())
+    columns = {"error": errors} | {
+        name: pa.ListArray.from_arrays(offsets, each, mask=pa.array(~is_good))
+        for name, each in values.items()
+    }
+    found = [columns.get(field.name, pa.nulls(len(num_clips), field.type)) for field in RESULT]
+    return pa.StructArray.from_arrays(found, fields=list(RESULT), mask=pa.array(~asked))
+
+
+def _lists(matrix: np.ndarray) -> pa.ListArray:
+    """(N, D) float32 as N lists."""
+    num_rows, width = matrix.shape
+    offsets = pa.array(np.arange(num_rows + 1, dtype=np.int64) * width, pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(matrix.reshape(-1), pa.float32()))
 
 
 def frame_array(column: pa.ChunkedArray, spec: InputSpec) -> np.ndarray:
