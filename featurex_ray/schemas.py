@@ -71,6 +71,9 @@ PART = pa.schema(
 )
 """A staged part: one row per clip, or one row with `error` set for a unit that failed."""
 
+REPEATED = ["media_type", "version", "extractor_revision", "run_id", "stage", "error"]
+"""Columns of few values, which files keep as a dictionary; to try that with features costs time and room."""
+
 
 def features_schema(carried: pa.Schema) -> pa.Schema:
     """The schema of public feature objects; `dataset` is the partition, in the path."""

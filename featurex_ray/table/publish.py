@@ -26,8 +26,6 @@ from featurex_ray.table.store import Body, ObjectStore, attempts, ensure, settle
 
 ROW_GROUP_BYTES = 64 * 2**20
 
-_DICTIONARY_COLUMNS = ["media_type", "version", "extractor_revision", "run_id", "stage", "error"]
-
 
 @dataclass(frozen=True)
 class Published:
@@ -218,7 +216,7 @@ def _write_object(
         path,
         facts.features_schema,
         compression="zstd",
-        use_dictionary=_DICTIONARY_COLUMNS,
+        use_dictionary=schemas.REPEATED,
         write_page_checksum=True,
     ) as writer:
         order = WholeSamples()
@@ -409,9 +407,7 @@ def _encode_failures(facts: TableFacts, plan: Plan, samples: pa.Table, failures:
 
 def _encode(rows: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        rows, sink, compression="zstd", use_dictionary=_DICTIONARY_COLUMNS, write_page_checksum=True
-    )
+    pq.write_table(rows, sink, compression="zstd", use_dictionary=schemas.REPEATED, write_page_checksum=True)
     return bytes(sink.getvalue())
 
 

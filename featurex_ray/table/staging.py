@@ -83,7 +83,11 @@ def write_part(store: ObjectStore, facts: TableFacts, plan: Plan, rows: pa.Table
     _check_features(facts, rows)
     sink = pa.BufferOutputStream()
     pq.write_table(
-        rows.replace_schema_metadata(_marks(facts, plan)), sink, compression="zstd", write_page_checksum=True
+        rows.replace_schema_metadata(_marks(facts, plan)),
+        sink,
+        compression="zstd",
+        use_dictionary=schemas.REPEATED,
+        write_page_checksum=True,
     )
     body = bytes(sink.getvalue())
     name = f"{uuid.uuid4().hex}-{sha256(body).hexdigest()}.parquet"
