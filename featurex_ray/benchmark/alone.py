@@ -147,6 +147,11 @@ def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:
     barrier = context.Barrier(num_cpus, timeout=SECONDS_TO_WAIT)
     with ProcessPoolExecutor(num_cpus, context, _wait_at, (barrier,)) as pool:
         found = [done.result() for done in [pool.submit(_measure_in_step, measure) for _ in range(num_cpus)]]
+    return mean_costs(found)
+
+
+def mean_costs(found: Sequence[Costs]) -> Costs:
+    """The means of measurements on the same samples and device."""
     embed = {name: _mean([each.embed[name] for each in found]) for name in found[0].embed}
     fetch, decode = _mean([each.fetch for each in found]), _mean([each.decode for each in found])
     return Costs(found[0].samples, fetch, decode, embed, found[0].device)

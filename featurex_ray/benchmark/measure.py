@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import torch
 
-from featurex_ray.benchmark.alone import Costs, measure_alone, measure_on_all_cpus
+from featurex_ray.benchmark.alone import Costs, mean_costs, measure_alone, measure_on_all_cpus
 from featurex_ray.benchmark.contenders import Contender, ours, peer
 from featurex_ray.benchmark.latency import slow_s3
 from featurex_ray.benchmark.plot import plot_occupancy
@@ -79,7 +79,8 @@ class Benchmark:
     Attributes:
         num_cpus: Of this process, or of the cluster that ran ours.
         costs: The stages alone, one CPU busy.
-        busy: The same with all CPUs of this machine busy, where there are several and they embed.
+        all_cpus: The same with all CPUs of this machine busy, where there are several and they embed: before
+            the runs and after each of ours, as machines that others share are faster at times than at others.
         contenders: Ours first.
         slow: Ours from an S3 server, without and with the delay.
     """
@@ -88,10 +89,15 @@ class Benchmark:
     precision: str
     num_cpus: int
     costs: Costs
-    busy: Costs | None = None
+    all_cpus: list[Costs] = field(default_factory=list)
     contenders: list[Contender] = field(default_factory=list)
     slow: list[Contender] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def busy(self) -> Costs | None:
+        """The stages with all CPUs busy, the means of all measurements."""
+        return mean_costs(self.all_cpus) if self.all_cpus else None
 
     @property
     def bound(self) -> float:
@@ -112,7 +118,7 @@ class Benchmark:
             "precision": self.precision,
             "num_cpus": self.num_cpus,
             "costs": asdict(self.costs),
-            "busy": self.busy and asdict(self.busy),
+            "all_cpus": [asdict(costs) for costs in self.all_cpus],
             "bound": self.bound,
             "contenders": [each.to_json() for each in self.contenders],
             "slow": [each.to_json() for each in self.slow],
@@ -197,11 +203,18 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
         pieces = Pieces.of(settings.media, folder)
         if settings.latency_ms and pieces.prefix is None:
             raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
-        result = _alone(settings, pieces, folder)
+        result, all_cpus = _alone(settings, pieces, folder)
         say(result.lines()[1].strip())
         if settings.with_ray:
             result.contenders = _contenders(settings, result, pieces)
-            _race(result.contenders, settings, pieces, folder, say)
+            _race(
+                result.contenders,
+                settings,
+                pieces,
+                folder,
+                say,
+                after_ours=lambda: result.all_cpus.extend(all_cpus()),
+            )
         if settings.with_ray and settings.latency_ms:
             result.slow = _from_slow_s3(settings, result.precision, pieces, folder, say)
     return result
@@ -213,7 +226,8 @@ def measure_growth(settings: Settings, axis: Axis, say: Say) -> Sweep:
     return sweep(axis, settings.media, options, samples=settings.samples, say=say)
 
 
-def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
+def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark, Callable[[], list[Costs]]]:
+    """The stages with one CPU busy and with all, and what measures the latter again."""
     extractors = [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
     precision = resolve_precision(settings.precision, gpu=gpu)
@@ -236,11 +250,13 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> Benchmark:
     enough = min(math.ceil(SECONDS_ALONE / costs.seconds), len(pieces.rows))
     if enough > count:
         costs = measurement(enough)()
-    result = Benchmark(settings, precision, _num_cpus(settings), costs)
     here = len(os.sched_getaffinity(0))
-    if costs.device == "cpu" and here > 1:
-        result.busy = measure_on_all_cpus(measurement(max(count, enough)), here)
-    return result
+    measure = measurement(max(count, enough))
+
+    def all_cpus() -> list[Costs]:
+        return [measure_on_all_cpus(measure, here)] if costs.device == "cpu" and here > 1 else []
+
+    return Benchmark(settings, precision, _num_cpus(settings), costs, all_cpus()), all_cpus
 
 
 def _num_cpus(settings: Settings) -> int:
@@ -292,7 +308,13 @@ def _options(settings: Settings, precision: str, prefix: str | None = None) -> l
 
 
 def _race(
-    contenders: Sequence[Contender], settings: Settings, pieces: Pieces, folder: Path, say: Say
+    contenders: Sequence[Contender],
+    settings: Settings,
+    pieces: Pieces,
+    folder: Path,
+    say: Say,
+    *,
+    after_ours: Callable[[], object] = lambda: None,
 ) -> None:
     """Everybody once, then everybody again: what the machine does meanwhile hits all alike."""
     sizes = settings.samples // SMALL, settings.samples
@@ -305,6 +327,8 @@ def _race(
                 f"{size:,} samples {time:.1f} s" for size, time in zip(sizes, times, strict=True)
             )
             say(f"run {repeat + 1} of {settings.repeats}, {each.name}: {took}")
+            if each is contenders[0]:
+                after_ours()
 
 
 def _from_slow_s3(

@@ -21,7 +21,7 @@ from PIL import Image
 from featurex_ray.benchmark.alone import Costs, StageCost, measure_on_all_cpus
 from featurex_ray.benchmark.contenders import Contender, Timed
 from featurex_ray.benchmark.latency import SlowProxy
-from featurex_ray.benchmark.measure import Settings, benchmark
+from featurex_ray.benchmark.measure import Benchmark, Settings, benchmark
 from featurex_ray.benchmark.peers import batch_of, dataloader
 from featurex_ray.benchmark.plot import plot_occupancy
 from featurex_ray.benchmark.work import Pieces
@@ -78,8 +78,15 @@ def test_the_bound_is_that_of_busy_cpus() -> None:
         Settings(str(MEDIA / "images"), extractors=["attention_convnet"], with_ray=False), print
     )
     assert result.busy is not None
+    assert len(result.all_cpus) == 1
     assert result.bound == result.busy.bound(result.num_cpus)
     assert result.busy.samples == result.costs.samples
+
+
+def test_the_bound_is_that_of_all_times() -> None:
+    slow, fast = (Costs(1, *[StageCost(s, s)] * 2, {"a": StageCost(s, s)}, "cpu") for s in (0.003, 0.001))
+    result = Benchmark(Settings("media"), "fp32", 2, slow, [slow, fast])
+    assert result.bound == pytest.approx(2 / (3 * 0.002))
 
 
 def test_media_are_used_again_where_they_are_too_few(tmp_path: Path) -> None:
