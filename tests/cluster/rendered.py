@@ -39,7 +39,7 @@ def render(overlay: str) -> list[Manifest]:
         [kubectl, "kustomize", KUBERNETES / "overlays" / overlay], capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
-    return list(yaml.safe_load_all(built.stdout))
+    return list(yaml.load_all(built.stdout, yaml.CSafeLoader))
 
 
 def find(overlay: str, kind: str, name: str | None = None) -> Manifest:

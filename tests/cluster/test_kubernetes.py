@@ -6,6 +6,7 @@ The schemas' CEL rules (`x-kubernetes-validations`) need an API server and are n
 import gzip
 import re
 import tomllib
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -38,11 +39,12 @@ def strict(schema: Any) -> Any:
     return out
 
 
+@lru_cache
 def crd_schema(kind: str) -> Any:
     path = CRDS / f"ray.io_{kind.lower()}s.yaml.gz"
     if not path.is_file():
         pytest.skip("../shared/kuberay-crds is not there")
-    crd = yaml.safe_load(gzip.decompress(path.read_bytes()))
+    crd = yaml.load(gzip.decompress(path.read_bytes()), yaml.CSafeLoader)
     (version,) = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
     schema = strict(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}  # the API server's own, checked below
