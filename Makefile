@@ -22,8 +22,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Run the whole thing on bundled media and an embedded S3 server
 	$(BIN)/featurex demo
 
-test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(INSTALLED)  ## Run the tests that take a minute or more each: killed nodes, pools under pressure, trainings
 	$(BIN)/python -m pytest -m long

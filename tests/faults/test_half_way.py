@@ -1,12 +1,12 @@
 """R8: all processes of a run killed at half, and how much the next run does."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
 import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
@@ -49,10 +49,10 @@ def num_begun(counts: Path) -> int:
     return sum(int(line) for each in counts.iterdir() for line in each.read_text().split())
 
 
-def kill_at_half(manifest: Path, output: Path) -> int:
+def kill_at_half(manifest: Path, output: Path, counts: Path) -> int:
     """Run until half of the samples are staged, then kill driver, raylet and workers; what was staged."""
     arguments = [sys.executable, "-c", DRIVER, str(manifest), str(output)]
-    driver = subprocess.Popen(arguments, cwd=CHECKOUT)
+    driver = subprocess.Popen(arguments, cwd=CHECKOUT, env=os.environ | {"FEATUREX_TEST_COUNTS": str(counts)})
     deadline = time.monotonic() + 120
     table = output / "_featurex/tests.pipeline.own-CountedMean"
     while num_staged(table) < SAMPLES // 2:
@@ -66,13 +66,12 @@ def kill_at_half(manifest: Path, output: Path) -> int:
     return num_staged(table)
 
 
-def test_killed_at_half(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_half(tmp_path: Path, record: Record) -> None:
     """The next run does what was not staged and nothing else; the rows are as if nothing had happened."""
     manifest, killed, counts = tmp_path / "m.csv", tmp_path / "killed", tmp_path / "counts"
     counts.mkdir()
-    monkeypatch.setenv("FEATUREX_TEST_COUNTS", str(counts))
     build_manifest(str(many_photos(tmp_path / "photos", SAMPLES)), str(manifest))
-    staged = kill_at_half(manifest, killed)
+    staged = kill_at_half(manifest, killed, counts)
     again = num_begun(counts) - staged
     assert SAMPLES // 2 <= staged < SAMPLES
     assert 0 <= again <= IN_FLIGHT
