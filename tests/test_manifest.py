@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from featurex_ray.errors import (
     StoreUnavailableError,
 )
 from featurex_ray.manifest import Manifest, build_manifest, read_inline, read_manifest
+from featurex_ray.manifest.files import ManifestFile
 from featurex_ray.schemas import SAMPLE, sample_schema
 from featurex_ray.storage import Fetcher, ReadPolicy, filesystem
 from tests.faulty_store import FaultyStore, use_store
@@ -395,6 +396,41 @@ class TestInline:
         pq.write_table(pa.table({"data": data}), tmp_path / "m.parquet", row_group_size=200)
         wanted = [(str(tmp_path / "m.parquet"), row) for row in (499, 3, 198, 201, 3)]
         assert read_inline(wanted) == [data[row] for _, row in wanted]
+
+    def test_a_large_row_group_is_read_once_for_later_and_later_rows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("featurex_ray.manifest.inline.LARGE_GROUP_BYTES", 100)
+        opened: list[str] = []
+        real = ManifestFile.open
+        monkeypatch.setattr(ManifestFile, "open", lambda file: opened.append(file.uri) or real(file))
+        data = [b"%d" % i * 9 for i in range(1000)]
+        path = str(tmp_path / "m.parquet")
+        pq.write_table(pa.table({"data": data}), path)
+
+        def read_rows(rows: Sequence[int]) -> None:
+            assert read_inline([(path, row) for row in rows]) == [data[row] for row in rows]
+
+        read_rows([0])
+        opened.clear()  # its footer is known by now
+        for first in (10, 60, 300, 900):  # what others read lies between
+            read_rows(range(first, first + 50))
+        assert opened == []
+        read_rows([5, 950])  # a retry goes back
+        assert opened == [path]
+
+    def test_a_large_row_group_can_be_read_after_its_store_was_away(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("featurex_ray.manifest.inline.LARGE_GROUP_BYTES", 100)
+        path = tmp_path / "m.parquet"
+        pq.write_table(pa.table({"data": [b"%d" % i * 9 for i in range(100)]}), path)
+        assert read_inline([(str(path), 90)]) == [b"90" * 9]
+        path.rename(tmp_path / "away")
+        (error,) = read_inline([(str(path), 0)])
+        assert isinstance(error, FetchError)
+        (tmp_path / "away").rename(path)
+        assert read_inline([(str(path), 3)]) == [b"3" * 9]
 
     def test_read_inline_fails_row_by_row(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"data": [b"a", None]}), tmp_path / "m.parquet")

@@ -1,6 +1,8 @@
 """Inline media: the `data` of single manifest rows, read when they are needed."""
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +17,7 @@ from featurex_ray.manifest.formats import media_column, media_leaf
 LARGE_GROUP_BYTES = 128 << 20
 """Media of smaller row groups is kept between calls, that of larger ones is streamed through."""
 _STREAMED_ROWS = 64
+_BUFFER_BYTES = 1 << 20
 
 Rows = npt.NDArray[np.int64]
 
@@ -68,18 +71,10 @@ def _groups_rows(uri: str, wanted: Rows) -> Iterator[tuple[int, bytes]]:
 
 
 def _group_rows(uri: str, group: int, rows: Rows) -> list[bytes | None]:
-    if media_bytes(_footer(uri), group) <= LARGE_GROUP_BYTES:
-        column = _small_group(uri, group)
-        return [column[row].as_py() for row in rows.tolist()]
-    found: dict[int, bytes | None] = {}
-    first = 0
-    for batch in _group_batches(uri, group):
-        for row in rows[(rows >= first) & (rows < first + len(batch))].tolist():
-            found[row] = batch[row - first].as_py()
-        first += len(batch)
-        if first > rows.max():
-            break
-    return [found[row] for row in rows.tolist()]
+    if media_bytes(_footer(uri), group) > LARGE_GROUP_BYTES:
+        return _large_group(uri, group).read(rows)
+    column = _small_group(uri, group)
+    return [column[row].as_py() for row in rows.tolist()]
 
 
 def media_bytes(footer: pq.FileMetaData, group: int) -> int:
@@ -91,7 +86,58 @@ def media_bytes(footer: pq.FileMetaData, group: int) -> int:
 
 @lru_cache(maxsize=1)
 def _small_group(uri: str, group: int) -> pa.Array:
-    return pa.concat_arrays(list(_group_batches(uri, group)))
+    with _opened(uri) as (parquet, leaf):
+        rows = parquet.read_row_group(group, columns=[leaf], use_threads=False).combine_chunks()
+    return pa.concat_arrays([media_column(batch) for batch in rows.to_batches()])
+
+
+@lru_cache(maxsize=1)
+def _large_group(uri: str, group: int) -> "_LargeGroup":
+    return _LargeGroup(uri, group)
+
+
+class _LargeGroup:
+    """A row group that is read from its front and kept open: for later and later rows it is read once.
+
+    A column of Parquet can't be entered in its middle. Safe to call from several threads.
+    """
+
+    def __init__(self, uri: str, group: int) -> None:
+        self._place = uri, group
+        self._lock = threading.Lock()
+        self._rewind()
+
+    def read(self, rows: Rows) -> list[bytes | None]:
+        """The media of rows of the group."""
+        with self._lock:
+            try:
+                if rows.min() < self._first:
+                    self._rewind()
+                found = {row: self._row(row) for row in np.unique(rows).tolist()}
+            except Exception:
+                self._rewind()  # a generator that raised yields no more
+                raise
+        return [found[row] for row in rows.tolist()]
+
+    def _rewind(self) -> None:
+        self._batches = _batches(*self._place)
+        self._first = 0
+        self._batch = pa.array([], pa.binary())
+
+    def _row(self, row: int) -> bytes | None:
+        while row >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            self._batch = next(self._batches)
+        media: bytes | None = self._batch[row - self._first].as_py()
+        return media
+
+
+def _batches(uri: str, group: int) -> Iterator[pa.Array]:
+    with _opened(uri) as (parquet, leaf):
+        for batch in parquet.iter_batches(
+            _STREAMED_ROWS, row_groups=[group], columns=[leaf], use_threads=False
+        ):
+            yield media_column(batch)
 
 
 @lru_cache(maxsize=64)
@@ -100,10 +146,14 @@ def _footer(uri: str) -> pq.FileMetaData:
         return pq.ParquetFile(opened).metadata
 
 
-def _group_batches(uri: str, group: int) -> Iterator[pa.Array]:
-    file, footer = ManifestFile.of(uri), _footer(uri)
-    leaf = media_leaf(footer.schema.to_arrow_schema())
-    with file.open() as opened:
-        parquet = pq.ParquetFile(opened, metadata=footer)
-        for batch in parquet.iter_batches(_STREAMED_ROWS, row_groups=[group], columns=[leaf]):
-            yield media_column(batch)
+@contextmanager
+def _opened(uri: str) -> Iterator[tuple[pq.ParquetFile, str | None]]:
+    """The file, and the name of its media.
+
+    It is read in this thread: others are waited for longer than one column takes. Without the buffer,
+    and with `pre_buffer`, all of a row group is in memory before its first row is here.
+    """
+    footer = _footer(uri)
+    with ManifestFile.of(uri).open() as opened:
+        parquet = pq.ParquetFile(opened, metadata=footer, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        yield parquet, media_leaf(footer.schema.to_arrow_schema())
