@@ -61,23 +61,22 @@ class ParquetRows:
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Rows.batches`."""
         wanted = [name for name in columns if name in self.schema.names and name != DATA]
+        leaf = media_leaf(self.schema) if DATA in columns else None
         with _seekable(self._file) as opened:
             parquet = pq.ParquetFile(opened, pre_buffer=False)  # halves what a large row group takes
-            for group in range(parquet.num_row_groups):
-                has_data = self._has_data(parquet, group) if DATA in columns else None
+            for groups in _runs(parquet.metadata):
+                read = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=wanted)
+                if leaf is None:
+                    yield from read
+                    continue
+                has_data = pa.concat_arrays([self._has_data(parquet, group, leaf) for group in groups])
                 first = 0
-                for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted):
-                    if has_data is None:
-                        yield batch
-                    else:
-                        yield batch.append_column(DATA, has_data.slice(first, batch.num_rows))
+                for batch in read:
+                    yield batch.append_column(DATA, has_data.slice(first, batch.num_rows))
                     first += batch.num_rows
 
-    def _has_data(self, parquet: pq.ParquetFile, group: int) -> pa.BooleanArray | None:
+    def _has_data(self, parquet: pq.ParquetFile, group: int, leaf: str) -> pa.BooleanArray:
         """Which rows of a row group have media, from the statistics where those say it."""
-        leaf = media_leaf(self.schema)
-        if leaf is None:
-            return None
         if self._file.gzipped:
             raise ManifestError("inline `data` can't be read out of a gzipped Parquet file: unpack it")
         facts = parquet.metadata.row_group(group)
@@ -89,6 +88,20 @@ class ParquetRows:
             return pa.array([nulls == 0 and facts.num_rows > 0] * facts.num_rows, pa.bool_())
         read = parquet.iter_batches(256, row_groups=[group], columns=[leaf])
         return pa.concat_arrays([media_column(batch).is_valid() for batch in read])
+
+
+def _runs(footer: pq.FileMetaData) -> Iterator[list[int]]:
+    """Row groups, as many together as make a batch: files of image datasets have groups of a hundred rows."""
+    run: list[int] = []
+    num_rows = 0
+    for group in range(footer.num_row_groups):
+        run.append(group)
+        num_rows += footer.row_group(group).num_rows
+        if num_rows >= _BATCH_ROWS:
+            yield run
+            run, num_rows = [], 0
+    if run:
+        yield run
 
 
 class CsvRows:
