@@ -120,21 +120,30 @@ class ManifestAgenda:
     max_samples_per_plan: int
     prune: bool = False
     budget: Budget | None = None
+    _settled: set[str] = field(default_factory=set)  # tables of which this run's own plans name every sample
 
     def plans(self, table: FeatureTable, *, run_id: str) -> list[Plan]:
         """What is new or changed, then what is gone."""
         most = self.budget.left if self.budget else None
         if most == 0:
             return []
+        plans = [] if table.facts.name in self._settled else self._plan(table, run_id, most)
+        if not plans and self.prune:
+            plans = table.plan_prune(self.samples.batches, run_id=run_id)
+        return self.budget.take(plans) if self.budget else plans
+
+    def _plan(self, table: FeatureTable, run_id: str, most_samples: int | None) -> list[Plan]:
         plans = table.plan(
             self.samples.batches,
             run_id=run_id,
             max_samples_per_plan=self.max_samples_per_plan,
-            most_samples=most,
+            most_samples=most_samples,
         )
-        if not plans and self.prune:
-            plans = table.plan_prune(self.samples.batches, run_id=run_id)
-        return self.budget.take(plans) if self.budget else plans
+        ours = sum(plan.num_samples for plan in plans if plan.run_id == run_id)
+        # Once these are done all samples are held. To compare them again would only find that out.
+        if ours == self.samples.num_samples and self.budget is None:
+            self._settled.add(table.facts.name)
+        return plans
 
     def worked(self, num_samples: int) -> None:
         """Spends the budget."""
