@@ -153,7 +153,7 @@ def read_plan(
     """A plan's samples, or the rows [start, stop) of them.
 
     Returns:
-        A table in `sample_schema` or some of its columns, sorted by `sample_id`.
+        A table in `sample_schema` or some of its columns, in the order in which their media lie.
     """
     schema = facts.sample_schema
     if columns is not None:
@@ -172,7 +172,7 @@ def encode_plan(plan: Plan, rows: pa.Table) -> bytes:
 
     Args:
         plan: Its facts.
-        rows: In `sample_schema`, sorted by `sample_id`.
+        rows: In `sample_schema`, as their media lie.
     """
     metadata = {PLAN_FACTS: json.dumps(asdict(plan)).encode()}
     sink = pa.BufferOutputStream()

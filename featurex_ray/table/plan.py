@@ -98,17 +98,20 @@ def _groups(
             left[group] -= piece.num_rows
             if size[group] == limit or left[group] == 0:
                 del size[group]
-                yield group, _by_id(held.pop(group))
+                yield group, as_media_lie(pa.Table.from_batches(held.pop(group)))
         if size.total() > BUFFERED_ROWS:
             fullest = max(size, key=lambda own: (own[1] == OWN_TARGET) * size[own])
             if fullest[1] == OWN_TARGET:
                 del size[fullest]
-                yield fullest, _by_id(held.pop(fullest))
+                yield fullest, as_media_lie(pa.Table.from_batches(held.pop(fullest)))
 
 
-def _by_id(rows: list[pa.RecordBatch]) -> pa.Table:
-    """Sorted; the rows as they came are let go, for those of a plan are many."""
-    return pa.Table.from_batches(rows).sort_by("sample_id")
+_AS_MEDIA_LIE = [(name, "ascending") for name in ("data_file", "data_row", "uri", "sample_id")]
+
+
+def as_media_lie(rows: pa.Table) -> pa.Table:
+    """The rows of a plan in its order: a slice reads neighbours then, whatever the samples are called."""
+    return rows.sort_by(_AS_MEDIA_LIE)
 
 
 def _rows_to_do(
@@ -193,10 +196,10 @@ class Planner:
         Args:
             dataset: Of all rows.
             target: The object to change, or `OWN_TARGET`.
-            rows: In `sample_schema`, and `FAILED_IN`; sorted by `sample_id`.
+            rows: In `sample_schema`, and `FAILED_IN`; `as_media_lie`.
             kind: What the plan does.
         """
-        _check_ascending(rows["sample_id"].combine_chunks())
+        _check_once(rows["sample_id"].combine_chunks())
         while True:
             ours, takers = self._rivals.left(dataset, target, rows)
             self._made |= {(taker.dataset, taker.number): taker for taker in takers}
@@ -219,10 +222,10 @@ class Planner:
         return False
 
 
-def _check_ascending(ids: pa.Array) -> None:
-    ascends = pc.less(ids.slice(0, max(len(ids) - 1, 0)), ids.slice(1))
-    if not pc.all(ascends, min_count=0).as_py():
-        name = ids.slice(1).filter(pc.invert(ascends))[0].as_py()
+def _check_once(ids: pa.Array) -> None:
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        name = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
         raise ManifestError(f"sample {name!r} occurs more than once in its dataset")
 
 

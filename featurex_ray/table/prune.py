@@ -14,7 +14,7 @@ from featurex_ray.table.compare import Samples
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, last_of_each
 from featurex_ray.table.log import Log, Plan, open_parquet, open_plan, read_log
-from featurex_ray.table.plan import FAILED_IN, Planner
+from featurex_ray.table.plan import FAILED_IN, Planner, as_media_lie
 from featurex_ray.table.store import ObjectStore
 
 
@@ -98,7 +98,7 @@ def plan_prune(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_i
     planner = Planner(store, facts, gone.log, run_id=run_id, mattering=gone.open_plans)
     for dataset, target, named in gone.by_target():
         rows = [_planned_rows(store, facts, dataset, number, ids) for number, ids in named.items()]
-        planner.create(dataset, target, pa.concat_tables(rows).sort_by("sample_id"), kind="prune")
+        planner.create(dataset, target, as_media_lie(pa.concat_tables(rows)), kind="prune")
     return planner.plans
 
 

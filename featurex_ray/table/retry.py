@@ -14,7 +14,7 @@ from featurex_ray.table.compare import OWN_TARGET
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids
 from featurex_ray.table.log import Log, Plan, open_plan, read_log
-from featurex_ray.table.plan import FAILED_IN, Planner
+from featurex_ray.table.plan import FAILED_IN, Planner, as_media_lie
 from featurex_ray.table.prune import failed_ids
 from featurex_ray.table.store import ObjectStore
 
@@ -101,11 +101,11 @@ def plan_retry(
             held.append(rows)
             while sum(map(len, held)) >= max_samples_per_plan:
                 whole = pa.concat_tables(held)
-                first = whole.slice(0, max_samples_per_plan).sort_by("sample_id")
+                first = as_media_lie(whole.slice(0, max_samples_per_plan))
                 planner.create(dataset, OWN_TARGET, first, kind="new")
                 held = [whole.slice(max_samples_per_plan)]
         if sum(map(len, held)):
-            planner.create(dataset, OWN_TARGET, pa.concat_tables(held).sort_by("sample_id"), kind="new")
+            planner.create(dataset, OWN_TARGET, as_media_lie(pa.concat_tables(held)), kind="new")
     return planner.plans
 
 

@@ -132,7 +132,7 @@ class FeatureTable:
     def read_plan(
         self, plan: Plan, rows: range | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """A plan's samples, sorted by `sample_id`: all, or a slice; in `sample_schema`, or some columns."""
+        """A plan's samples, as their media lie: all, or a slice; in `sample_schema`, or some columns."""
         return read_plan(self.store, self.facts, plan, rows, columns)
 
     def write_part(self, plan: Plan, rows: pa.Table) -> PartInfo:

@@ -178,6 +178,22 @@ def test_read_plan_slices(local_table: FeatureTable) -> None:
         assert local_table.read_plan(plan, rows) == whole.slice(rows.start, len(rows))
 
 
+def test_plans_are_in_the_order_in_which_media_lie(local_table: FeatureTable) -> None:
+    """A slice of a plan is decoded by one actor: it should read neighbours, whatever they are called."""
+    rows = [
+        {"dataset": "d", "sample_id": name, "uri": name, "data_file": file, "data_row": row}
+        for row, (name, file) in enumerate(
+            [("m#0", "b"), ("m#1", "a"), ("m#10", "a"), ("m#2", "a"), ("z", None), ("y", None)]
+        )
+    ]
+    rows[4:] = [
+        {**row, "data_row": None, "uri": uri} for row, uri in zip(rows[4:], ("u/1", "u/2"), strict=True)
+    ]
+    batch = pa.RecordBatch.from_pylist(rows[::-1], schema=local_table.facts.sample_schema)
+    (plan,) = local_table.plan(lambda: iter([batch]), run_id="r")
+    assert local_table.read_plan(plan)["sample_id"].to_pylist() == ["m#1", "m#10", "m#2", "m#0", "z", "y"]
+
+
 def test_max_samples_per_plan(local_table: FeatureTable) -> None:
     plans = local_table.plan(World(num_samples=23).samples, run_id="r", max_samples_per_plan=10)
     assert [plan.num_samples for plan in plans] == [10, 10, 3]
