@@ -419,6 +419,20 @@ class TestInline:
         read_rows([5, 950])  # a retry goes back
         assert opened == [path]
 
+    def test_a_large_row_group_that_is_shorter_than_its_footer_says(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("featurex_ray.manifest.inline.LARGE_GROUP_BYTES", 100)
+        path = tmp_path / "m.parquet"
+        pq.write_table(pa.table({"data": [b"%d" % i * 9 for i in range(100)]}), path)
+        monkeypatch.setattr(
+            "featurex_ray.manifest.inline._batches", lambda *_: iter([pa.array([b"a", b"b"])])
+        )
+        good, bad = read_inline([(str(path), 1)]) + read_inline([(str(path), 50)])
+        assert good == b"b"
+        assert isinstance(bad, FetchError)
+        assert "fewer rows than its footer says" in bad.message
+
     def test_a_large_row_group_can_be_read_after_its_store_was_away(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -452,6 +466,35 @@ class TestInline:
     def test_data_in_gzipped_parquet_fails(self, tmp_path: Path) -> None:
         uri = put(f"{tmp_path}/m.parquet.gz", gzip.compress(parquet_bytes([{"data": b"a", "dataset": "d"}])))
         assert "unpack it" in refusal(uri)
+
+    def test_columns_of_every_kind_over_small_row_groups(self, tmp_path: Path) -> None:
+        """Among them lists of dictionary values, which pyarrow can't read over several groups at once."""
+        tags = pa.array([["a", "b"], ["c"], None, []] * 5).cast(
+            pa.list_(pa.dictionary(pa.int32(), pa.string()))
+        )
+        table = pa.table(
+            {
+                "data": [b"x", None, b"y", b"z"] * 5,
+                "uri": [f"{i}.jpg" for i in range(20)],
+                "tags": tags,
+                "kind": pa.array(["k", "l"] * 10).dictionary_encode(),
+            }
+        )
+        pq.write_table(table, tmp_path / "m.parquet", row_group_size=3)
+        for keep in (["tags", "kind"], ["kind"]):
+            rows = read(tmp_path / "m.parquet", dataset="d", keep_columns=keep)[1]
+            assert [row["data_row"] for row in rows] == [None if i % 4 == 1 else i for i in range(20)]
+            assert [row["kind"] for row in rows] == ["k", "l"] * 10
+        assert [
+            row.get("tags") for row in read(tmp_path / "m.parquet", dataset="d", keep_columns=["tags"])[1]
+        ] == (table["tags"].to_pylist())
+
+    def test_media_of_null_structs_are_none(self, tmp_path: Path) -> None:
+        kind = pa.struct([pa.field("bytes", pa.binary(), nullable=False)])
+        data = pa.array([{"bytes": b"jpeg"}, None, {"bytes": b"png"}], kind)
+        pq.write_table(pa.table({"data": data, "uri": ["a", "b", "c"]}), tmp_path / "m.parquet")
+        rows = read(tmp_path / "m.parquet", dataset="d")[1]
+        assert [row["data_row"] for row in rows] == [0, None, 2]
 
     @pytest.mark.skipif(not DATA.exists(), reason="shared/data is not there")
     def test_cifar(self, tmp_path: Path) -> None:

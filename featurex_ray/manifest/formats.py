@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -64,7 +65,7 @@ class ParquetRows:
         leaf = media_leaf(self.schema) if DATA in columns else None
         with _seekable(self._file) as opened:
             parquet = pq.ParquetFile(opened, pre_buffer=False)  # halves what a large row group takes
-            for groups in _runs(parquet.metadata):
+            for groups in _runs(parquet.metadata, wanted, self.schema):
                 read = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=wanted)
                 if leaf is None:
                     yield from read
@@ -90,8 +91,15 @@ class ParquetRows:
         return pa.concat_arrays([media_column(batch).is_valid() for batch in read])
 
 
-def _runs(footer: pq.FileMetaData) -> Iterator[list[int]]:
-    """Row groups, as many together as make a batch: files of image datasets have groups of a hundred rows."""
+def _runs(footer: pq.FileMetaData, columns: Sequence[str], schema: pa.Schema) -> Iterator[list[int]]:
+    """Row groups, as many together as make a batch: files of image datasets have groups of a hundred rows.
+
+    Nested columns are read a group at a time: their rows can be long, and pyarrow can't read lists of
+    dictionary values across groups.
+    """
+    if any(pa.types.is_nested(schema.field(name).type) for name in columns):
+        yield from ([group] for group in range(footer.num_row_groups))
+        return
     run: list[int] = []
     num_rows = 0
     for group in range(footer.num_row_groups):
@@ -201,7 +209,8 @@ def media_leaf(schema: pa.Schema) -> str | None:
 def media_column(batch: pa.RecordBatch) -> pa.Array:
     """The encoded media of a batch that was read from a media leaf."""
     column = batch.column(0)
-    return column.field("bytes") if pa.types.is_struct(column.type) else column
+    # Unlike `field`, this regards the struct's own nulls.
+    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
 
 def is_media(kind: pa.DataType) -> bool:

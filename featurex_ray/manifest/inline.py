@@ -16,7 +16,9 @@ from featurex_ray.manifest.formats import media_column, media_leaf
 
 LARGE_GROUP_BYTES = 128 << 20
 """Media of smaller row groups is kept between calls, that of larger ones is streamed through."""
-_STREAMED_ROWS = 64
+_MOST_ROWS = 64
+_BATCH_BYTES = 16 << 20
+"""At about so many rows and bytes a time it is decoded."""
 _BUFFER_BYTES = 1 << 20
 
 Rows = npt.NDArray[np.int64]
@@ -86,8 +88,8 @@ def media_bytes(footer: pq.FileMetaData, group: int) -> int:
 
 @lru_cache(maxsize=1)
 def _small_group(uri: str, group: int) -> pa.Array:
-    with _opened(uri) as (parquet, leaf):
-        rows = parquet.read_row_group(group, columns=[leaf], use_threads=False).combine_chunks()
+    with _opened(uri, buffer_bytes=0) as (parquet, leaf):
+        rows = parquet.read_row_group(group, columns=[leaf], use_threads=False)
     return pa.concat_arrays([media_column(batch) for batch in rows.to_batches()])
 
 
@@ -99,7 +101,8 @@ def _large_group(uri: str, group: int) -> "_LargeGroup":
 class _LargeGroup:
     """A row group that is read from its front and kept open: for later and later rows it is read once.
 
-    A column of Parquet can't be entered in its middle. Safe to call from several threads.
+    A column of Parquet can't be entered in its middle; plans are in the order in which media lie. Safe to
+    call from several threads.
     """
 
     def __init__(self, uri: str, group: int) -> None:
@@ -108,13 +111,17 @@ class _LargeGroup:
         self._rewind()
 
     def read(self, rows: Rows) -> list[bytes | None]:
-        """The media of rows of the group."""
+        """The media of rows of the group.
+
+        Raises:
+            ManifestError: It has fewer rows than the file's footer says.
+        """
         with self._lock:
             try:
                 if rows.min() < self._first:
                     self._rewind()
                 found = {row: self._row(row) for row in np.unique(rows).tolist()}
-            except Exception:
+            except BaseException:
                 self._rewind()  # a generator that raised yields no more
                 raise
         return [found[row] for row in rows.tolist()]
@@ -127,16 +134,21 @@ class _LargeGroup:
     def _row(self, row: int) -> bytes | None:
         while row >= self._first + len(self._batch):
             self._first += len(self._batch)
-            self._batch = next(self._batches)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise ManifestError(f"{self._place[0]} has fewer rows than its footer says")
+            self._batch = batch
         media: bytes | None = self._batch[row - self._first].as_py()
         return media
 
 
 def _batches(uri: str, group: int) -> Iterator[pa.Array]:
-    with _opened(uri) as (parquet, leaf):
-        for batch in parquet.iter_batches(
-            _STREAMED_ROWS, row_groups=[group], columns=[leaf], use_threads=False
-        ):
+    footer = _footer(uri)
+    # A batch is held until rows behind it are wanted: of long media, a few.
+    row_bytes = media_bytes(footer, group) // footer.row_group(group).num_rows + 1
+    num_rows = min(max(_BATCH_BYTES // row_bytes, 1), _MOST_ROWS)
+    with _opened(uri, buffer_bytes=_BUFFER_BYTES) as (parquet, leaf):
+        for batch in parquet.iter_batches(num_rows, row_groups=[group], columns=[leaf], use_threads=False):
             yield media_column(batch)
 
 
@@ -147,13 +159,13 @@ def _footer(uri: str) -> pq.FileMetaData:
 
 
 @contextmanager
-def _opened(uri: str) -> Iterator[tuple[pq.ParquetFile, str | None]]:
+def _opened(uri: str, *, buffer_bytes: int) -> Iterator[tuple[pq.ParquetFile, str | None]]:
     """The file, and the name of its media.
 
-    It is read in this thread: others are waited for longer than one column takes. Without the buffer,
-    and with `pre_buffer`, all of a row group is in memory before its first row is here.
+    It is read in this thread: others are waited for longer than one column takes. Without a buffer, a
+    column of a row group is read at once.
     """
     footer = _footer(uri)
     with ManifestFile.of(uri).open() as opened:
-        parquet = pq.ParquetFile(opened, metadata=footer, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        parquet = pq.ParquetFile(opened, metadata=footer, buffer_size=buffer_bytes, pre_buffer=False)
         yield parquet, media_leaf(footer.schema.to_arrow_schema())
