@@ -120,14 +120,14 @@ class ManifestAgenda:
     max_samples_per_plan: int
     prune: bool = False
     budget: Budget | None = None
-    _settled: set[str] = field(default_factory=set)  # tables of which this run's own plans name every sample
+    _settled: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
 
     def plans(self, table: FeatureTable, *, run_id: str) -> list[Plan]:
         """What is new or changed, then what is gone."""
         most = self.budget.left if self.budget else None
         if most == 0:
             return []
-        plans = [] if table.facts.name in self._settled else self._plan(table, run_id, most)
+        plans = [] if self._is_settled(table) else self._plan(table, run_id, most)
         if not plans and self.prune:
             plans = table.plan_prune(self.samples.batches, run_id=run_id)
         return self.budget.take(plans) if self.budget else plans
@@ -139,11 +139,20 @@ class ManifestAgenda:
             max_samples_per_plan=self.max_samples_per_plan,
             most_samples=most_samples,
         )
-        ours = sum(plan.num_samples for plan in plans if plan.run_id == run_id)
-        # Once these are done all samples are held. To compare them again would only find that out.
-        if ours == self.samples.num_samples and self.budget is None:
-            self._settled.add(table.facts.name)
+        ours = [plan for plan in plans if plan.run_id == run_id]
+        if sum(plan.num_samples for plan in ours) == self.samples.num_samples and self.budget is None:
+            self._settled[table.facts.name] = {
+                plan.dataset: plan.number for plan in ours
+            }  # they are in order
         return plans
+
+    def _is_settled(self, table: FeatureTable) -> bool:
+        """Whether all samples are held for sure: own plans named every one, and no later plan is there.
+
+        To compare them once more would only find that out, and takes long where they are many.
+        """
+        last = self._settled.pop(table.facts.name, None)
+        return last is not None and table.has_no_plan_after(last)
 
     def worked(self, num_samples: int) -> None:
         """Spends the budget."""

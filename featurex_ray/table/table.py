@@ -6,7 +6,7 @@ The protocol's steps have a module each: `facts` and `probe` (1), `plan`, `prune
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,11 @@ class FeatureTable:
             most_samples=most_samples,
             most_new_samples=most_new_samples,
         )
+
+    def has_no_plan_after(self, last: Mapping[str, int]) -> bool:
+        """Whether these are the numbers of their datasets' last plans."""
+        log = read_log(self.store, self.facts)
+        return all(log.next_number(dataset) == number + 1 for dataset, number in last.items())
 
     def num_gone(self, samples: Samples) -> int:
         """Samples of the manifest's datasets that it doesn't name any more; writes nothing."""

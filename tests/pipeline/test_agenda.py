@@ -68,6 +68,19 @@ def test_a_run_looks_again_where_another_planned_some_of_the_samples(table: Feat
     assert agenda.plans(table, run_id="ours") == []
 
 
+def test_a_run_looks_again_where_another_planned_since(table: FeatureTable) -> None:
+    world, others = World(8, version="2"), World(8, version="1")
+    agenda = ManifestAgenda(Manifest(world), 5)
+    first, second = agenda.plans(table, run_id="ours")
+    see_done(table, [first], world)
+    (theirs,) = (plan for plan in table.plan(others.samples, run_id="theirs") if plan.run_id == "theirs")
+    see_done(table, [second], world)
+    assert agenda.plans(table, run_id="ours") == [theirs]
+    see_done(table, [theirs], others)
+    (again,) = agenda.plans(table, run_id="ours")
+    assert (again.kind, again.num_samples) == ("changed", theirs.num_samples)
+
+
 def test_pruning_follows_plans_that_name_every_sample(table: FeatureTable) -> None:
     before = World(9)
     see_done(table, table.plan(before.samples, run_id="before", max_samples_per_plan=20), before)
