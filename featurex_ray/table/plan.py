@@ -106,11 +106,15 @@ def _groups(
                 yield fullest, as_media_lie(pa.Table.from_batches(held.pop(fullest)))
 
 
-_AS_MEDIA_LIE = [(name, "ascending") for name in ("data_file", "data_row", "uri", "sample_id")]
+_AS_MEDIA_LIE = [(name, "ascending") for name in ("data_file", "data_row", "sample_id")]
 
 
 def as_media_lie(rows: pa.Table) -> pa.Table:
-    """The rows of a plan in its order: a slice reads neighbours then, whatever the samples are called."""
+    """The rows of a plan in its order.
+
+    Inline media are read a row group at a time, so that a slice had better name neighbours, whatever the
+    samples are called. Others go by their ids.
+    """
     return rows.sort_by(_AS_MEDIA_LIE)
 
 

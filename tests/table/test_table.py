@@ -191,7 +191,7 @@ def test_plans_are_in_the_order_in_which_media_lie(local_table: FeatureTable) ->
     ]
     batch = pa.RecordBatch.from_pylist(rows[::-1], schema=local_table.facts.sample_schema)
     (plan,) = local_table.plan(lambda: iter([batch]), run_id="r")
-    assert local_table.read_plan(plan)["sample_id"].to_pylist() == ["m#1", "m#10", "m#2", "m#0", "z", "y"]
+    assert local_table.read_plan(plan)["sample_id"].to_pylist() == ["m#1", "m#10", "m#2", "m#0", "y", "z"]
 
 
 def test_max_samples_per_plan(local_table: FeatureTable) -> None:
