@@ -247,11 +247,12 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark,
 
     count = min(SAMPLES_ALONE, len(pieces.rows))
     costs = measurement(count)()
-    enough = min(math.ceil(SECONDS_ALONE / costs.seconds), len(pieces.rows))
-    if enough > count:
-        costs = measurement(enough)()
+    # As in the runs, few media are used again: once each, what is imported for them would be most of it.
+    if (enough := math.ceil(SECONDS_ALONE / costs.seconds)) > count:
+        count = enough
+        costs = measurement(count)()
     here = len(os.sched_getaffinity(0))
-    measure = measurement(max(count, enough))
+    measure = measurement(count)
 
     def all_cpus() -> list[Costs]:
         return [measure_on_all_cpus(measure, here)] if costs.device == "cpu" and here > 1 else []

@@ -100,7 +100,8 @@ def test_a_manifest_names_media_beside_it(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (9, 80, 80)).save(tmp_path / "a.png")
     pq.write_table(pa.table({"uri": ["a.png"]}), tmp_path / "m.parquet")
     settings = Settings(str(tmp_path / "m.parquet"), extractors=["attention_convnet"], with_ray=False)
-    assert benchmark(settings, print).costs.samples == 1
+    # Of one small picture the first imports would be all of the cost.
+    assert benchmark(settings, print).costs.samples > 100
     assert Pieces.of(str(tmp_path / "m.parquet"), tmp_path).prefix == f"{tmp_path}/"
 
 
