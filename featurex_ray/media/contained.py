@@ -6,6 +6,7 @@ import mmap
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -20,7 +21,16 @@ from featurex_ray.media import decord_backend, pyav_backend
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage, load_plugins, set_bomb_check
 from featurex_ray.media.preprocess import InputSpec
-from featurex_ray.media.request import Decoded, DecodeOptions, Outcome, SampleRequest, decode_sample
+from featurex_ray.media.request import (
+    Decoded,
+    DecodedBlock,
+    DecodedImages,
+    DecodeOptions,
+    Outcome,
+    SampleDecoder,
+    SampleRequest,
+    decode_sample,
+)
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.sniff import Buffer
 from featurex_ray.media.video import MAX_UNIT_BYTES, Clip, ClipRequest, DecodedVideo
@@ -38,7 +48,7 @@ _HELP = {
 _STAGES: dict[str, type[SampleError]] = {"probe": ProbeError, "decode": DecodeError}
 
 
-class ContainedDecoder:
+class ContainedDecoder(SampleDecoder):
     """Decodes samples in a child process; see `SampleDecoder`.
 
     A sample that loses its child twice (a crash, the deadline, memory) is a failure; those beside
@@ -68,45 +78,46 @@ class ContainedDecoder:
             limits=limits or ProcessLimits(),
         )
 
-    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
+    def decode_block(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> DecodedBlock:
         """See `SampleDecoder`."""
         requests = list(requests)
-        done: dict[int, Decoded] = {}
+        images: list[DecodedImages] = []
+        others: dict[int, Decoded] = {}
         losses: Counter[int] = Counter()
         waiting = deque(range(len(requests)))
         while waiting:
             batch = _batch(requests, waiting)
             try:
-                for answers in self._answers([requests[place] for place in batch]):
-                    done |= {waiting.popleft(): answer for answer in answers}
+                for told in self._answers([requests[place] for place in batch]):
+                    places = np.array([waiting.popleft() for _ in range(told.num_requests)])
+                    images.append(replace(told.images, place=places[told.images.place]))
+                    others |= {int(places[place]): done for place, done in told.others.items()}
             except ChildLostError as error:
                 lost = batch[min(max(error.item, batch.index(waiting[0])), len(batch) - 1)]
                 losses[lost] += 1
                 requests[lost] = (replace(requests[lost][0], policy=self._second), requests[lost][1])
                 if losses[lost] == _TRIES:
                     waiting.remove(lost)
-                    done[lost] = Decoded(_failure(error), math.nan)
-        return [done[place] for place in range(len(requests))]
+                    others[lost] = Decoded(_failure(error), math.nan)
+        return DecodedBlock(DecodedImages.joined(images, self._inputs), others)
 
     def peak_bytes(self) -> int:
         """See `SampleDecoder`."""
         return self.process.peak_bytes()
 
-    def _answers(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> Iterator[list[Decoded]]:
-        """What the child says of a batch, as far as it can be true."""
+    def _answers(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> Iterator[DecodedBlock]:
+        """What the child says of a batch, message by message, as far as it can be true."""
         answered = 0
         for told in self.process.run(requests):
-            answers = []
-            for each in told:
-                try:
-                    answers.append(_believed(each, requests[answered][0], self._inputs, self.process.outbox))
-                except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-                    self.process.discard()
-                    raise ChildLostError(
-                        "crashed", f"gave an impossible answer: {error}", answered
-                    ) from error
-                answered += 1
-            yield answers
+            asked = [request for request, _ in requests[answered : answered + len(told)]]
+            answers = _Answers(asked, self._inputs, self.process.outbox)
+            try:
+                yield answers.believed(told)
+            except _IMPOSSIBLE as error:
+                self.process.discard()
+                wrong = answered + answers.first_wrong(told)
+                raise ChildLostError("crashed", f"gave an impossible answer: {error}", wrong) from error
+            answered += len(told)
 
 
 class Decoder:
@@ -170,36 +181,85 @@ def _bytes(array: np.ndarray) -> memoryview:
     return (array if array.flags.c_contiguous else np.ascontiguousarray(array)).data.cast("B")
 
 
-def _believed(
-    told: list[Any], request: SampleRequest, inputs: Sequence[InputSpec], outbox: mmap.mmap
-) -> Decoded:
-    """An answer as an outcome, its arrays copied out of shared memory.
-
-    Raises:
-        ValueError: It can't be true; other errors of wrong types likewise.
-    """
-    kind, seconds = told[0], told[-1]
-    if type(seconds) is not float or not 0 <= seconds < math.inf:
-        raise ValueError("no seconds")
-    if kind == "error":
-        _, stage, code, message, _ = told
-        if not (str(code).isidentifier() and len(code) <= 40 and len(message) <= 1000):
-            raise ValueError("an error without a code")
-        return Decoded(_STAGES[stage](code, str(message)), seconds)
-    if request.cut:
-        return Decoded(_units(kind, told[1:-1]), seconds)
-    if kind == "image":
-        return Decoded(_image(told, inputs, outbox), seconds)
-    if kind == "video":
-        return Decoded(_video(told, request, inputs, outbox), seconds)
-    raise ValueError("an outcome of no kind")
+_IMPOSSIBLE = (ValueError, TypeError, IndexError, KeyError, OverflowError)
 
 
-def _image(told: list[Any], inputs: Sequence[InputSpec], outbox: mmap.mmap) -> DecodedImage:
-    _, width, height, complete, place, _ = told
-    memory = _Memory(outbox, place)
-    frames = tuple([memory.bytes(spec.frame_bytes).reshape(spec.height, spec.width, 3) for spec in inputs])
-    return DecodedImage(frames, _count(width), _count(height), complete is True)
+class _Answers:
+    """What the child may say of some requests; all of it is checked before anything is made of it."""
+
+    def __init__(
+        self, requests: Sequence[SampleRequest], inputs: Sequence[InputSpec], outbox: mmap.mmap
+    ) -> None:
+        self._requests = requests
+        self._inputs = inputs
+        self._outbox = outbox
+
+    def believed(self, told: list[Any]) -> DecodedBlock:
+        """Answers as outcomes, their arrays copied out of shared memory.
+
+        Raises:
+            ValueError: One can't be true; other errors of wrong types likewise.
+        """
+        others: dict[int, Decoded] = {}
+        places, images = [], []
+        for place, (each, request) in enumerate(zip(told, self._requests, strict=True)):
+            if each[0] == "image" and not request.cut:
+                places.append(place)
+                images.append(each)
+            else:
+                others[place] = self._other(each, request)
+        return DecodedBlock(self._images(places, images), others)
+
+    def first_wrong(self, told: list[Any]) -> int:
+        """Which of some answers, that can't all be true, is the first that can't."""
+        for place, request in enumerate(self._requests):
+            try:
+                _Answers([request], self._inputs, self._outbox).believed(told[place : place + 1])
+            except _IMPOSSIBLE:
+                return place
+        return len(self._requests)
+
+    def _images(self, places: list[int], told: list[list[Any]]) -> DecodedImages:
+        _, widths, heights, complete, starts, seconds = zip(*told, strict=True) if told else ((),) * 6
+        if {*map(type, (*widths, *heights, *starts))} - {int} or {*map(type, seconds)} - {float}:
+            raise ValueError("an image without facts")
+        size, start = np.array([widths, heights], np.int64), np.array(starts, np.int64)
+        taken = np.array(seconds, float)
+        if not (((size >= 1) & (size <= _MOST)).all() and ((taken >= 0) & (taken < math.inf)).all()):
+            raise ValueError("an image of an impossible size or time")
+        if any(each is not True for each in complete):
+            raise ValueError("an image that isn't whole")
+        width, height = size
+        return DecodedImages(np.array(places, np.int64), width, height, taken, self._frames(start))
+
+    def _frames(self, start: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Images' frames for each input, of where in the outbox they begin."""
+        ends = np.cumsum([0, *(spec.frame_bytes for spec in self._inputs)]).tolist()
+        if not ((start >= HEADER_BYTES) & (start <= len(self._outbox) - ends[-1])).all():
+            raise ValueError("results that lie outside of their memory")
+        memory = np.frombuffer(self._outbox, np.uint8)
+        parts = np.empty((len(start), ends[-1]), np.uint8)
+        for part, first in zip(parts, start.tolist(), strict=True):
+            part[:] = memory[first : first + ends[-1]]
+        return tuple(
+            parts[:, first:last].reshape(-1, spec.height, spec.width, 3)
+            for spec, (first, last) in zip(self._inputs, pairwise(ends), strict=True)
+        )
+
+    def _other(self, told: list[Any], request: SampleRequest) -> Decoded:
+        kind, seconds = told[0], told[-1]
+        if type(seconds) is not float or not 0 <= seconds < math.inf:
+            raise ValueError("no seconds")
+        if kind == "error":
+            _, stage, code, message, _ = told
+            if not (str(code).isidentifier() and len(code) <= 40 and len(message) <= 1000):
+                raise ValueError("an error without a code")
+            return Decoded(_STAGES[stage](code, str(message)), seconds)
+        if request.cut:
+            return Decoded(_units(kind, told[1:-1]), seconds)
+        if kind == "video":
+            return Decoded(_video(told, request, self._inputs, self._outbox), seconds)
+        raise ValueError("an outcome of no kind")
 
 
 def _units(kind: str, facts: list[Any]) -> list[range]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from featurex_ray.errors import DecodeError, ProbeError, SampleError
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.image import DecodedImage, decode_image, set_bomb_check
@@ -64,28 +66,117 @@ class Decoded(NamedTuple):
     seconds: float
 
 
+@dataclass(frozen=True)
+class DecodedImages:
+    """Decoded images by columns: of small ones, a row in Python costs more than its pixels.
+
+    Attributes:
+        place: (N,) int64: which of the requests.
+        width: (N,) int64: of the sources in pixels, upright.
+        height: (N,) int64: likewise.
+        seconds: (N,) float64: that each took.
+        frames: One (N, H, W, 3) uint8 RGB array per `InputSpec`.
+    """
+
+    place: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    seconds: np.ndarray
+    frames: tuple[np.ndarray, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence["DecodedImages"], inputs: Sequence[InputSpec]) -> "DecodedImages":
+        """All images of some blocks, in their order."""
+
+        def column(name: str, kind: type) -> np.ndarray:
+            return np.concatenate([np.empty(0, kind), *(getattr(part, name) for part in parts)])
+
+        frames = tuple(
+            np.concatenate(
+                [np.empty((0, spec.height, spec.width, 3), np.uint8), *(part.frames[i] for part in parts)]
+            )
+            for i, spec in enumerate(inputs)
+        )
+        place, width, height = (column(name, int) for name in ("place", "width", "height"))
+        return cls(place, width, height, column("seconds", float), frames)
+
+
+@dataclass(frozen=True)
+class DecodedBlock:
+    """What became of some requests.
+
+    Attributes:
+        images: Those of them that became one.
+        others: All else, by place.
+    """
+
+    images: DecodedImages
+    others: dict[int, Decoded]
+
+    @property
+    def num_requests(self) -> int:
+        """How many there were."""
+        return len(self.images.place) + len(self.others)
+
+    def one_by_one(self) -> list[Decoded]:
+        """The same, in the requests' order."""
+        images = self.images
+        done = dict(self.others)
+        for row, place in enumerate(images.place.tolist()):
+            frames = tuple(array[row] for array in images.frames)
+            image = DecodedImage(frames, int(images.width[row]), int(images.height[row]))
+            done[place] = Decoded(image, float(images.seconds[row]))
+        return [done[place] for place in range(len(done))]
+
+
 class SampleDecoder(Protocol):
     """Decodes samples, in this process or another."""
 
-    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
-        """Decode requests' bytes, in order; a failure is an outcome too."""
+    def decode_block(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> DecodedBlock:
+        """Decode requests' bytes; a failure is an outcome too."""
         ...
+
+    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
+        """The same, one by one and in order."""
+        return self.decode_block(requests).one_by_one()
 
     def peak_bytes(self) -> int:
         """The most memory that a process of its own took so far; 0 where there is none."""
         ...
 
 
-class InProcessDecoder:
+class InProcessDecoder(SampleDecoder):
     """Decodes here: for media that are trusted not to bring their decoder down."""
 
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         set_bomb_check(options.limits)
 
-    def decode(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> list[Decoded]:
+    def decode_block(self, requests: Sequence[tuple[SampleRequest, Buffer]]) -> DecodedBlock:
         """See `SampleDecoder`."""
-        return [decode_sample(request, data, self._options) for request, data in requests]
+        images: dict[int, DecodedImage] = {}
+        others: dict[int, Decoded] = {}
+        seconds = []
+        for place, (request, data) in enumerate(requests):
+            done = decode_sample(request, data, self._options)
+            if isinstance(done.outcome, DecodedImage):
+                images[place] = done.outcome
+                seconds.append(done.seconds)
+            else:
+                others[place] = done
+        found = DecodedImages(
+            np.array([*images], int),
+            np.array([image.width for image in images.values()], int),
+            np.array([image.height for image in images.values()], int),
+            np.array(seconds, float),
+            tuple(
+                np.array([image.frames[i] for image in images.values()], np.uint8).reshape(
+                    -1, spec.height, spec.width, 3
+                )
+                for i, spec in enumerate(self._options.inputs)
+            ),
+        )
+        return DecodedBlock(found, others)
 
     def peak_bytes(self) -> int:
         """See `SampleDecoder`."""

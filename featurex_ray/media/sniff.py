@@ -34,31 +34,31 @@ class Container:
     format: str
 
 
-_SIGNATURES: list[tuple[re.Pattern[bytes], MediaType, str]] = [
-    (re.compile(rb"\xff\xd8\xff", re.S), "image", "jpeg"),
-    (re.compile(rb"\x89PNG\r\n\x1a\n", re.S), "image", "png"),
-    (re.compile(rb"RIFF....WEBP", re.S), "image", "webp"),
-    (re.compile(rb"GIF8[79]a", re.S), "image", "gif"),
-    (re.compile(rb"BM....\x00\x00\x00\x00", re.S), "image", "bmp"),
+_SIGNATURES: list[tuple[re.Pattern[bytes], Container]] = [
+    (re.compile(rb"\xff\xd8\xff", re.S), Container("image", "jpeg")),
+    (re.compile(rb"\x89PNG\r\n\x1a\n", re.S), Container("image", "png")),
+    (re.compile(rb"RIFF....WEBP", re.S), Container("image", "webp")),
+    (re.compile(rb"GIF8[79]a", re.S), Container("image", "gif")),
+    (re.compile(rb"BM....\x00\x00\x00\x00", re.S), Container("image", "bmp")),
     # Not Canon's CR2, which marks itself after the TIFF header.
-    (re.compile(rb"(II[\x2a\x2b]\x00|MM\x00[\x2a\x2b])(?!....CR)", re.S), "image", "tiff"),
-    (re.compile(rb"\x00\x00\x01\x00[^\x00]\x00", re.S), "image", "ico"),
-    (re.compile(rb"P[1-6][\s#]", re.S), "image", "ppm"),
-    (re.compile(rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", re.S), "image", "jpeg2000"),
-    (re.compile(rb"....ftyp.{0,64}avi[fs]", re.S), "image", "avif"),
-    (re.compile(rb"....ftyp(?!hei|hev|mif1|msf1|jxl |jp2 |crx )", re.S), "video", "mp4"),
-    (re.compile(rb"....(moov|mdat|wide|free|skip|pnot|styp|moof)", re.S), "video", "mp4"),
-    (re.compile(rb"\x1a\x45\xdf\xa3", re.S), "video", "matroska"),
-    (re.compile(rb"RIFF....AVI[ X\x19]", re.S), "video", "avi"),
-    (re.compile(rb"\x00\x00\x01\xba", re.S), "video", "mpeg"),
-    (re.compile(rb"\x00\x00\x01\xb3", re.S), "video", "mpegvideo"),
-    (re.compile(rb"FLV\x01", re.S), "video", "flv"),
-    (re.compile(rb"OggS", re.S), "video", "ogg"),
-    (re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", re.S), "video", "asf"),
+    (re.compile(rb"(II[\x2a\x2b]\x00|MM\x00[\x2a\x2b])(?!....CR)", re.S), Container("image", "tiff")),
+    (re.compile(rb"\x00\x00\x01\x00[^\x00]\x00", re.S), Container("image", "ico")),
+    (re.compile(rb"P[1-6][\s#]", re.S), Container("image", "ppm")),
+    (re.compile(rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", re.S), Container("image", "jpeg2000")),
+    (re.compile(rb"....ftyp.{0,64}avi[fs]", re.S), Container("image", "avif")),
+    (re.compile(rb"....ftyp(?!hei|hev|mif1|msf1|jxl |jp2 |crx )", re.S), Container("video", "mp4")),
+    (re.compile(rb"....(moov|mdat|wide|free|skip|pnot|styp|moof)", re.S), Container("video", "mp4")),
+    (re.compile(rb"\x1a\x45\xdf\xa3", re.S), Container("video", "matroska")),
+    (re.compile(rb"RIFF....AVI[ X\x19]", re.S), Container("video", "avi")),
+    (re.compile(rb"\x00\x00\x01\xba", re.S), Container("video", "mpeg")),
+    (re.compile(rb"\x00\x00\x01\xb3", re.S), Container("video", "mpegvideo")),
+    (re.compile(rb"FLV\x01", re.S), Container("video", "flv")),
+    (re.compile(rb"OggS", re.S), Container("video", "ogg")),
+    (re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", re.S), Container("video", "asf")),
     # Transport packets of 188, 192 (m2ts) or 204 bytes, whole or after a broken-off one.
-    (re.compile(rb".{0,203}?\x47(.{187}\x47){4}", re.S), "video", "mpegts"),
-    (re.compile(rb".{0,203}?\x47(.{191}\x47){4}", re.S), "video", "mpegts"),
-    (re.compile(rb".{0,203}?\x47(.{203}\x47){4}", re.S), "video", "mpegts"),
+    (re.compile(rb".{0,203}?\x47(.{187}\x47){4}", re.S), Container("video", "mpegts")),
+    (re.compile(rb".{0,203}?\x47(.{191}\x47){4}", re.S), Container("video", "mpegts")),
+    (re.compile(rb".{0,203}?\x47(.{203}\x47){4}", re.S), Container("video", "mpegts")),
 ]  # fmt: skip
 """Signature, media type and format; the first that matches at the first byte wins."""
 
@@ -78,9 +78,9 @@ def sniff(data: Buffer) -> Container:
     if len(data) == 0:
         raise ProbeError("empty", "the object holds no bytes")
     head = bytes(data[:_HEAD_BYTES])
-    for signature, media_type, name in _SIGNATURES:
+    for signature, container in _SIGNATURES:
         if signature.match(head):
-            return Container(media_type, name)
+            return container
     if bytes(data[-len(_TGA_FOOTER) :]) == _TGA_FOOTER:
         return Container("image", "tga")
     raise ProbeError("unsupported_container", f"no supported image or video begins with {head[:16]!r}")

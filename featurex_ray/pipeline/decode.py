@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,12 @@ from featurex_ray.manifest import read_inline
 from featurex_ray.media import nvdec_backend
 from featurex_ray.media.contained import DECODER, ContainedDecoder
 from featurex_ray.media.decoder import DecoderPolicy
-from featurex_ray.media.image import DecodedImage
 from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.media.request import (
     Decoded,
+    DecodedBlock,
+    DecodedImages,
     DecodeOptions,
     InProcessDecoder,
     Outcome,
@@ -31,11 +32,20 @@ from featurex_ray.media.request import (
     SampleRequest,
 )
 from featurex_ray.media.sampling import Sampling
+from featurex_ray.media.sniff import Buffer
 from featurex_ray.media.video import ClipRequest, DecodedVideo
 from featurex_ray.pipeline import metrics
 from featurex_ray.pipeline.source import PlannedSamples
 from featurex_ray.pipeline.threads import limit_threads
-from featurex_ray.pipeline.units import CUT, PLANNED, decoded_schema, error_struct, peak_bytes, to_table
+from featurex_ray.pipeline.units import (
+    CUT,
+    PLANNED,
+    decoded_schema,
+    error_struct,
+    frames_column,
+    peak_bytes,
+    to_table,
+)
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
 
 
@@ -55,6 +65,13 @@ class DecodeSettings:
     partial: Partial = "use"
     handler: str = DECODER  # what decodes in the child; tests bring their own
     max_in_flight: int = 32
+
+    def requests(self, units: pa.Table) -> list[SampleRequest]:
+        """What this job wants of each unit."""
+        asked = units.select(_ASKED)
+        if all(column.null_count == len(units) for column in asked.columns):  # nothing of its own
+            return [self.request(dict.fromkeys(_ASKED))] * len(units)
+        return [self.request(row) for row in asked.to_pylist()]
 
     def request(self, row: dict[str, Any], *, cut: bool = False) -> SampleRequest:
         """What this job wants of one unit; with `cut`, to know the sample's units."""
@@ -203,8 +220,8 @@ def whole_units(samples: pa.Table) -> pa.Table:
     return pa.table([added[name] if name in added else samples[name] for name in CUT.names], schema=CUT)
 
 
-_ASKED = ["media_type", "start_seconds", "end_seconds", "first_clip", "num_unit_clips", "error"]
-"""All of a unit that decoding looks at."""
+_ASKED = ["media_type", "start_seconds", "end_seconds", "first_clip", "num_unit_clips"]
+"""What a unit can ask for."""
 
 _CHANGES = ["media_type", "num_unit_clips", "error"]
 """Columns of a unit that decoding knows better, or adds to."""
@@ -224,7 +241,7 @@ class DecodeMedia:
         self._settings = settings
         self._fetcher = Fetcher(settings.policy, max_in_flight=settings.max_in_flight)
         self._schema = decoded_schema(len(settings.inputs))
-        stays = {*CUT.names} - {*_CHANGES}
+        stays = {*CUT.names, "fetch_seconds", "decode_peak_bytes"} - {*_CHANGES}
         self._made = pa.schema([field for field in self._schema if field.name not in stays])
         self._decoder = settings.sample_decoder()
         # Decoding takes the one CPU of this actor; the other thread's fetches overlap with it.
@@ -249,10 +266,12 @@ class DecodeMedia:
             media: As `fetch_media` has it.
             fetch_seconds: What fetching took, a unit.
         """
+        fetched = [place for place, each in enumerate(media) if isinstance(each, Fetched)]
+        requests = self._settings.requests(units)
         with self._decoding:
-            rows = self._decode(units.select(_ASKED).to_pylist(), media)
+            done = self._decoder.decode_block([(requests[p], cast(Fetched, media[p]).data) for p in fetched])
             peak = max(peak_bytes(), self._decoder.peak_bytes())
-        made = to_table(rows, self._made)
+        made = self._columns(units, media, np.array(fetched, np.int64), done)
         costs = {"fetch_seconds": fetch_seconds, "decode_peak_bytes": peak}
         columns = {name: units[name] for name in CUT.names}
         columns |= {name: made[name] for name in made.column_names}
@@ -261,20 +280,23 @@ class DecodeMedia:
         metrics.count_decoded(decoded)
         return decoded
 
-    def _decode(self, rows: list[dict[str, Any]], media: Sequence[Media | None]) -> list[dict[str, Any]]:
-        """What decoding makes of units, less what stays as it is."""
-        requests = [
-            (self._settings.request(row), each.data)
-            for row, each in zip(rows, media, strict=True)
-            if isinstance(each, Fetched)
+    def _columns(
+        self, units: pa.Table, media: Sequence[Media | None], fetched: np.ndarray, done: DecodedBlock
+    ) -> pa.Table:
+        """What decoding makes of units, less what stays as it is: of images by columns, of others by rows."""
+        images = fetched[done.images.place]
+        table = _image_table(done.images, [media[place] for place in images.tolist()], self._made)
+        if len(images) == len(units):
+            return table.take(pa.array(np.argsort(images))) if np.any(np.diff(images) < 0) else table
+        outcomes = {int(fetched[place]): outcome for place, outcome in done.others.items()}
+        others = np.setdiff1d(np.arange(len(units)), images)
+        rows = units.select(_CHANGES).take(pa.array(others)).to_pylist()
+        made = [
+            row | _columns_of(media[place], outcomes.get(place))
+            for place, row in zip(others.tolist(), rows, strict=True)
         ]
-        done = iter(self._decoder.decode(requests))
-        return [
-            {**row, **_media_columns(each), **_outcome_columns(next(done))}
-            if isinstance(each, Fetched)
-            else row | ({"error": error_struct(each)} if each else {})
-            for row, each in zip(rows, media, strict=True)
-        ]
+        order = np.argsort(np.concatenate([images, others]))
+        return pa.concat_tables([table, to_table(made, self._made)]).take(pa.array(order))
 
 
 class DecodeSlices(DecodeMedia):
@@ -296,38 +318,60 @@ class DecodeSlices(DecodeMedia):
                 yield super().__call__(samples.slice(start, self._num_rows))
 
 
-def _media_columns(media: Fetched) -> dict[str, Any]:
-    return {
+_ONE_PICTURE = {
+    "media_type": "image",
+    "media_complete": True,  # one that breaks off is an error
+    "num_clips": 1,
+    "num_unit_clips": 1,
+    "clips": [{"clip_index": 0, "num_frames": 1}],
+}
+"""What all images have in common."""
+
+
+def _image_table(images: DecodedImages, media: Sequence[Media | None], schema: pa.Schema) -> pa.Table:
+    if not media:
+        return schema.empty_table()  # pyarrow can't repeat nested values no times
+    fetched = cast(Sequence[Fetched], media)
+    columns: dict[str, Any] = {
+        "etag": [each.etag for each in fetched],
+        "media_sha256": [_sha256(each.data) for each in fetched],
+        "fetched_bytes": [len(each.data) for each in fetched],
+        "width": images.width,
+        "height": images.height,
+        "decode_seconds": images.seconds,
+    }
+    made: dict[str, pa.Array] = {f"frames_{i}": frames_column(each) for i, each in enumerate(images.frames)}
+    for field in schema:
+        if field.name in columns:
+            made[field.name] = pa.array(columns[field.name], field.type)
+        elif field.name not in made:
+            made[field.name] = pa.repeat(pa.scalar(_ONE_PICTURE.get(field.name), field.type), len(fetched))
+    return pa.table([made[name] for name in schema.names], schema=schema)
+
+
+def _columns_of(media: Media | None, done: Decoded | None) -> dict[str, Any]:
+    """Of a unit that isn't an image; one without media has failed before."""
+    if media is None:
+        return {}
+    if isinstance(media, SampleError):
+        return {"error": error_struct(media)}
+    columns: dict[str, Any] = {
         "etag": media.etag,
-        "media_sha256": hashlib.sha256(media.data).hexdigest(),
+        "media_sha256": _sha256(media.data),
         "fetched_bytes": len(media.data),
     }
+    if done is None:
+        raise TypeError("no outcome of media that are there")
+    columns["decode_seconds"] = done.seconds
+    if isinstance(done.outcome, SampleError):
+        return columns | {"error": error_struct(done.outcome)}
+    if isinstance(done.outcome, DecodedVideo):
+        return columns | _video_columns(done.outcome)
+    raise TypeError("units came out where frames were asked for")
 
 
-def _outcome_columns(done: Decoded) -> dict[str, Any]:
-    outcome = done.outcome
-    if isinstance(outcome, SampleError):
-        columns: dict[str, Any] = {"error": error_struct(outcome)}
-    elif isinstance(outcome, DecodedImage):
-        columns = _image_columns(outcome)
-    elif isinstance(outcome, DecodedVideo):
-        columns = _video_columns(outcome)
-    else:
-        raise TypeError("units came out where frames were asked for")
-    return columns | {"decode_seconds": done.seconds}
-
-
-def _image_columns(image: DecodedImage) -> dict[str, Any]:
-    return {
-        "media_type": "image",
-        "width": image.width,
-        "height": image.height,
-        "media_complete": image.complete,
-        "num_clips": 1,
-        "num_unit_clips": 1,
-        "clips": [{"clip_index": 0, "num_frames": 1}],
-        **_frame_columns(image.frames),
-    }
+def _sha256(data: Buffer) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _video_columns(video: DecodedVideo) -> dict[str, Any]:
@@ -348,9 +392,5 @@ def _video_columns(video: DecodedVideo) -> dict[str, Any]:
             }
             for clip in video.clips
         ],
-        **_frame_columns(video.frames),
+        **{f"frames_{i}": array for i, array in enumerate(video.frames)},
     }
-
-
-def _frame_columns(frames: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    return {f"frames_{i}": array for i, array in enumerate(frames)}
