@@ -120,10 +120,14 @@ def test_freed_memory_is_kept_for_the_next_batch() -> None:
 _FAULTS = """
 import resource, torch
 from featurex_ray.models.inference import keep_freed_memory
+size = 16 << 20
 def faults():
+    global size
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        blocks = [torch.zeros(16 << 20, dtype=torch.uint8) for _ in range(4)]
+        # malloc learns from what is freed: only what is larger than all before goes back for sure.
+        size += 1 << 16
+        blocks = [torch.zeros(size, dtype=torch.uint8) for _ in range(4)]
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
 faults()
