@@ -42,7 +42,7 @@ from featurex_ray.pipeline.units import (
     PLANNED,
     decoded_schema,
     error_struct,
-    frames_column,
+    image_frames_column,
     peak_bytes,
     to_table,
 )
@@ -340,7 +340,7 @@ def _image_table(images: DecodedImages, media: Sequence[Media | None], schema: p
         "height": images.height,
         "decode_seconds": images.seconds,
     }
-    made: dict[str, pa.Array] = {f"frames_{i}": frames_column(each) for i, each in enumerate(images.frames)}
+    made = {f"frames_{i}": image_frames_column(each) for i, each in enumerate(images.frames)}
     for field in schema:
         if field.name in columns:
             made[field.name] = pa.array(columns[field.name], field.type)

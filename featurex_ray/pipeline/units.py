@@ -140,7 +140,7 @@ def error_struct(error: SampleError) -> dict[str, Any]:
     }
 
 
-def frames_column(frames: np.ndarray) -> pa.LargeBinaryArray:
+def image_frames_column(frames: np.ndarray) -> pa.LargeBinaryArray:
     """Frames of N images, (N, H, W, 3) uint8, as Arrow, without a copy where they are contiguous."""
     offsets = np.arange(len(frames) + 1, dtype=np.int64) * (frames[0].size if len(frames) else 0)
     data = np.ascontiguousarray(frames).reshape(-1)
