@@ -19,8 +19,14 @@ SMALL_TASK_CPUS = 0.05
 RESOURCE_STEPS = 10_000
 """Ray counts resources in ten thousandths."""
 
+FETCHING_THREADS = 2
+"""Calls at the same time in a decode actor: one fetches the next block while one decodes."""
+
 WRITING_THREADS = 2
 """Calls at the same time in a writing actor: one waits for the store while one makes its rows."""
+
+CALLS_PER_THREAD = 2
+"""That Ray Data hands to an actor: one runs, one waits in it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ INLINE = MediaKind(per_block=2048, per_decode=2048, per_actor=4096)
 
 BLOCK_BYTES = 48 << 20
 """Of images' frames in a block, about; Ray Data handles blocks of up to 128 MB well."""
+
+STORE_SHARE = 0.5
+"""Of the object store, for the frames of a run's first decode calls: Ray Data hands out as many as the
+actors take before it knows how large a block is. From then on it keeps to half of the store by itself."""
 
 BLOCKS_PER_CPU = 8
 """At least, where there are samples enough: the last blocks of a run must not leave CPUs idle."""
@@ -93,6 +103,15 @@ def _now_or_later(limits: dict[str, float]) -> dict[str, float]:
     }
 
 
+def store_bytes_per_cpu() -> float:
+    """Bytes of the cluster's object store by now, for each of its CPUs; endless before the first node.
+
+    A cluster that grows brings both.
+    """
+    now = ray.cluster_resources()
+    return now.get("object_store_memory", math.inf) / now["CPU"] if now.get("CPU") else math.inf
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """How much work a block carries: little enough to spread and to redo, enough to pay.
@@ -118,6 +137,7 @@ def block_shape(
     num_samples: int,
     windowed: bool,
     resources: dict[str, float],
+    store_bytes: float,
     frame_bytes: int,
 ) -> BlockShape:
     """Choose the blocks' size. It changes no result, only how work spreads.
@@ -127,10 +147,12 @@ def block_shape(
         num_samples: Samples to do.
         windowed: Whether videos are cut; one of them is then a block's work.
         resources: As `cluster_resources` gives them.
+        store_bytes: As `store_bytes_per_cpu` gives them.
         frame_bytes: Of a preprocessed frame, in all the ways that the extractors want it.
     """
     kind = _kind(first)
-    fitting = kind.per_block if kind is VIDEOS else max(BLOCK_BYTES // frame_bytes, 1)
+    block_bytes = min(BLOCK_BYTES, STORE_SHARE * store_bytes / (FETCHING_THREADS * CALLS_PER_THREAD))
+    fitting = kind.per_block if kind is VIDEOS else int(block_bytes // frame_bytes)
     spread = math.ceil(num_samples / (BLOCKS_PER_CPU * max(resources.get("CPU", 1), 1)))
     samples = 1 if windowed and kind is VIDEOS else max(min(kind.per_block, spread, fitting), 1)
     per_decode = min(kind.per_decode, samples)
@@ -182,7 +204,7 @@ class Pool:
             min_size=self.size.minimum,
             max_size=self.size.maximum,
             initial_size=self.size.maximum,
-            max_tasks_in_flight_per_actor=2 * threads,
+            max_tasks_in_flight_per_actor=CALLS_PER_THREAD * threads,
             max_concurrent_calls_per_actor=threads,
             enable_true_multi_threading=threads > 1,
         )

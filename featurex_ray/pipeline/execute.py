@@ -16,7 +16,13 @@ from ray.data.exceptions import ExecutionTimeoutError
 from featurex_ray.errors import RunError
 from featurex_ray.pipeline.bounds import Watched
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings, DecodeSlices, cut
-from featurex_ray.pipeline.deploy import SMALL_TASK_CPUS, WRITING_THREADS, BlockShape, Deployment
+from featurex_ray.pipeline.deploy import (
+    FETCHING_THREADS,
+    SMALL_TASK_CPUS,
+    WRITING_THREADS,
+    BlockShape,
+    Deployment,
+)
 from featurex_ray.pipeline.extract import ExtractFeatures, ExtractSettings
 from featurex_ray.pipeline.source import Assignment, PlannedSamples, Slice, slice_rows
 from featurex_ray.pipeline.watch import watch
@@ -28,9 +34,6 @@ _RAISED = re.compile(r"(\w+\.)*[A-Z]\w*(Error|Exception|Invalid|Died|Killed|Inte
 
 STALL_SECONDS = 840.0
 """Without any block moving for so long, the run ends: within 15 minutes, its beginning and end included."""
-
-FETCHING_THREADS = 2
-"""Calls at the same time in a decode actor: one fetches the next block while one decodes."""
 
 
 @dataclass(frozen=True)

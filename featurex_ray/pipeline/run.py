@@ -41,6 +41,7 @@ from featurex_ray.pipeline.deploy import (
     cluster_resources,
     deploy,
     most_actors,
+    store_bytes_per_cpu,
 )
 from featurex_ray.pipeline.execute import Tracker, Work, failed_units, first_line, run_pipeline
 from featurex_ray.pipeline.extract import ExtractSettings
@@ -434,6 +435,7 @@ def _work(
         num_samples=num_samples,
         windowed=windowed,
         resources=cluster,
+        store_bytes=store_bytes_per_cpu(),
         frame_bytes=sum(spec.frame_bytes for spec in inputs),
     )
     slices = [

@@ -15,8 +15,14 @@ from featurex_ray.errors import RunError
 from featurex_ray.job import PoolSize
 from featurex_ray.media.preprocess import InputSpec
 from featurex_ray.pipeline.decode import DecodeMedia, DecodeSettings
-from featurex_ray.pipeline.deploy import Pool, block_shape, most_actors
-from featurex_ray.pipeline.execute import ARROW, FETCHING_THREADS
+from featurex_ray.pipeline.deploy import (
+    FETCHING_THREADS,
+    Pool,
+    block_shape,
+    most_actors,
+    store_bytes_per_cpu,
+)
+from featurex_ray.pipeline.execute import ARROW
 from featurex_ray.pipeline.extract import frame_array
 from featurex_ray.pipeline.units import PLANNED
 from featurex_ray.training.labels import LabelledSamples
@@ -55,6 +61,7 @@ def decoded_dataset(labelled: LabelledSamples, settings: DecodeSettings) -> Data
         num_samples=num_samples,
         windowed=False,
         resources=resources,
+        store_bytes=store_bytes_per_cpu(),
         frame_bytes=sum(spec.frame_bytes for spec in settings.inputs),
     )
     actors = min(

@@ -9,6 +9,7 @@ import pytest
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob, PoolSize
 from featurex_ray.pipeline.deploy import (
+    FETCHING_THREADS,
     IMAGES,
     INLINE,
     VIDEOS,
@@ -121,13 +122,19 @@ def samples(**columns: Any) -> pa.RecordBatch:
 
 
 def shape_of(
-    first: pa.RecordBatch, num_samples: int, *, windowed: bool = False, frame_bytes: int = 3072
+    first: pa.RecordBatch,
+    num_samples: int,
+    *,
+    windowed: bool = False,
+    store_bytes: float = 2e9,
+    frame_bytes: int = 3072,
 ) -> BlockShape:
     return block_shape(
         first,
         num_samples=num_samples,
         windowed=windowed,
         resources={"CPU": 4.0},
+        store_bytes=store_bytes,
         frame_bytes=frame_bytes,
     )
 
@@ -149,6 +156,14 @@ def test_blocks_of_large_frames_are_small() -> None:
     inline = samples(data_file=["m.parquet"], data_row=[0])
     shape = shape_of(inline, 100_000, frame_bytes=600 * 600 * 3)
     assert 10 < shape.samples < 128_000_000 / (600 * 600 * 3)
+
+
+def test_the_first_decode_calls_of_all_actors_fit_into_a_small_object_store() -> None:
+    images, store, frame = samples(uri=["a.jpg"]), 100e6, 448 * 448 * 3
+    shape = shape_of(images, 100_000, store_bytes=store, frame_bytes=frame)
+    calls = deploy(job(), {"CPU": 1.0}, most=100).decode.strategy(threads=FETCHING_THREADS)
+    assert 1 < shape.samples * frame * calls.max_tasks_in_flight_per_actor <= store / 2
+    assert shape_of(images, 100_000, store_bytes=1e6, frame_bytes=frame).samples == 1
 
 
 def test_an_actor_has_to_be_worth_its_start() -> None:

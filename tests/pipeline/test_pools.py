@@ -34,12 +34,12 @@ def run(manifest: Path, output: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_a_slow_extractor_holds_decoding_back_and_nothing_spills(tmp_path: Path) -> None:
-    """Twice the object store's size in frames goes through it."""
+    """Twice the object store's size in frames goes through it, on a cluster that can shrink."""
     (tmp_path / "media").mkdir()
     for i in range(1000):
         Image.new("RGB", (32, 32), (i % 256, 80, 80)).save(tmp_path / "media" / f"{i:04d}.png")
     build_manifest(str(tmp_path / "media"), str(tmp_path / "m.csv"), dataset="d")
-    pools = {"decode_actors": "1:3", "extract_actors": "1"}
+    pools = {"decode_actors": "1:3", "extract_actors": "1", "max_resources": "CPU=3"}
     report = run(tmp_path / "m.csv", tmp_path / "out", extractor="tests.pipeline.own:SlowLarge", **pools)
 
     frames_bytes = 1000 * 448 * 448 * 3
@@ -60,7 +60,7 @@ def test_slow_media_leave_the_extractors_idle_and_decode_its_cpus(tmp_path: Path
     for i in range(48):
         Image.fromarray(np.roll(ramp, i, axis=1)).save(tmp_path / "media" / f"{i:02d}.png", compress_level=1)
     build_manifest(str(tmp_path / "media"), str(tmp_path / "m.csv"), dataset="d")
-    pools = {"decode_actors": "2", "extract_actors": "1:2"}
+    pools = {"decode_actors": "2", "extract_actors": "1:2", "max_resources": "CPU=3"}
     report = run(tmp_path / "m.csv", tmp_path / "out", extractor="tests.pipeline.own:MeanColour", **pools)
 
     assert (report["planned"], report["failed"]) == (48, 0)
