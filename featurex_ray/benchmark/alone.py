@@ -25,6 +25,9 @@ from featurex_ray.storage import Fetcher, ReadPolicy
 SECONDS_TO_WAIT = 300.0
 """For the slowest of the processes that measure at once; one that failed ends the others so."""
 
+CHECKED_AT_ONCE = 16
+"""Samples whose frames are held at the same time, where it only matters whether there are any."""
+
 
 @dataclass(frozen=True)
 class StageCost:
@@ -103,16 +106,8 @@ def measure_alone(
         RequestError: Not one sample could be decoded.
     """
     units = whole_units(samples)
-    inputs = tuple(dict.fromkeys(e.spec.input for e in extractors))
-    settings = DecodeSettings(
-        policy=policy,
-        inputs=inputs,
-        sampling=Sampling.parse(sampling),
-        clip_seconds=None,
-        clip_stride_seconds=None,
-        decoder=resolve_policy("auto"),
-        isolation="none",  # CPU seconds are this process's; a child's cost a few percent more
-    )
+    settings = _settings(extractors, policy, sampling)
+    inputs = settings.inputs
     with Fetcher(policy) as fetcher:
         fetch_media(units[:4], fetcher)  # first connections and imports are start-up, not the stage
         begin()
@@ -131,6 +126,27 @@ def measure_alone(
             clip_frames = decoded["clips"][0].as_py()[0]["num_frames"]
             rates[extractor.spec.name] = measure_device(embedder, clip_frames=clip_frames)
     return Costs(len(units), fetch, decode, embed, where, rates)
+
+
+def _settings(extractors: Sequence[ResolvedExtractor], policy: ReadPolicy, sampling: str) -> DecodeSettings:
+    return DecodeSettings(
+        policy=policy,
+        inputs=tuple(dict.fromkeys(e.spec.input for e in extractors)),
+        sampling=Sampling.parse(sampling),
+        clip_seconds=None,
+        clip_stride_seconds=None,
+        decoder=resolve_policy("auto"),
+        isolation="none",  # CPU seconds are this process's; a child's cost a few percent more
+    )
+
+
+def decodable(
+    samples: pa.Table, extractors: Sequence[ResolvedExtractor], *, policy: ReadPolicy, sampling: str
+) -> np.ndarray:
+    """(N,) bool: which samples, in the schema `PLANNED`, can be fetched and decoded."""
+    decode = DecodeMedia(_settings(extractors, policy, sampling))
+    parts = (samples.slice(first, CHECKED_AT_ONCE) for first in range(0, len(samples), CHECKED_AT_ONCE))
+    return np.concatenate([decode(part)["error"].is_null().to_numpy() for part in parts])
 
 
 def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:

@@ -13,7 +13,13 @@ import fsspec
 import pyarrow as pa
 import torch
 
-from featurex_ray.benchmark.alone import Costs, mean_costs, measure_alone, measure_on_all_cpus
+from featurex_ray.benchmark.alone import (
+    Costs,
+    decodable,
+    mean_costs,
+    measure_alone,
+    measure_on_all_cpus,
+)
 from featurex_ray.benchmark.contenders import Contender, ours, peer
 from featurex_ray.benchmark.latency import slow_s3
 from featurex_ray.benchmark.plot import plot_occupancy
@@ -22,7 +28,7 @@ from featurex_ray.benchmark.work import Pieces, planned
 from featurex_ray.errors import RequestError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.models.precision import resolve_precision
-from featurex_ray.models.registry import NO_WEIGHTS, resolve
+from featurex_ray.models.registry import NO_WEIGHTS, ResolvedExtractor, resolve
 from featurex_ray.pipeline.report import versions
 from featurex_ray.storage import ReadPolicy
 
@@ -203,6 +209,8 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
         pieces = Pieces.of(settings.media, folder)
         if settings.latency_ms and pieces.prefix is None:
             raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
+        if settings.compare:
+            pieces = _decodable(settings, pieces, folder, say)
         result, all_cpus = _alone(settings, pieces, folder)
         say(result.lines()[1].strip())
         if settings.with_ray:
@@ -226,9 +234,41 @@ def measure_growth(settings: Settings, axis: Axis, say: Say) -> Sweep:
     return sweep(axis, settings.media, options, samples=settings.samples, say=say)
 
 
+def _decodable(settings: Settings, pieces: Pieces, folder: Path, say: Say) -> Pieces:
+    """The media that a run would use, less those that can't be decoded: peers stop at the first of them."""
+    pieces = pieces.first(settings.samples)
+    count = len(pieces.rows)
+    manifest = pieces.manifest(folder / "all.parquet", count)
+    extractors = _extractors(settings)
+    is_good = decodable(
+        planned(manifest, count),
+        extractors,
+        policy=_policy(manifest, pieces),
+        sampling=_sampling(settings, extractors),
+    )
+    if not is_good.any():
+        raise RequestError(f"none of the {count:,} media can be decoded")
+    if not is_good.all():
+        left_out = count - is_good.sum()
+        say(f"left out {left_out:,} of {count:,} media: peers stop at what can't be decoded")
+    return Pieces(pieces.rows.filter(pa.array(is_good)))
+
+
+def _extractors(settings: Settings) -> list[ResolvedExtractor]:
+    return [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
+
+
+def _policy(manifest: Path, pieces: Pieces) -> ReadPolicy:
+    return ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ())
+
+
+def _sampling(settings: Settings, extractors: Sequence[ResolvedExtractor]) -> str:
+    return settings.sampling or extractors[0].spec.default_sampling
+
+
 def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark, Callable[[], list[Costs]]]:
     """The stages with one CPU busy and with all, and what measures the latter again."""
-    extractors = [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
+    extractors = _extractors(settings)
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
     precision = resolve_precision(settings.precision, gpu=gpu)
 
@@ -238,8 +278,8 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark,
             measure_alone,
             planned(manifest, count),
             extractors,
-            policy=ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ()),
-            sampling=settings.sampling or extractors[0].spec.default_sampling,
+            policy=_policy(manifest, pieces),
+            sampling=_sampling(settings, extractors),
             precision=precision,
             device=settings.device,
             batch_size=settings.batch_size,

@@ -63,6 +63,10 @@ class Pieces:
             raise RequestError("the media to measure on lie in several stores: take one at a time")
         return f"{common}/"
 
+    def first(self, count: int) -> "Pieces":
+        """The first of them, all if there are fewer."""
+        return Pieces(self.rows.slice(0, count))
+
     def manifest(self, path: Path, num_samples: int) -> Path:
         """Writes a manifest of exactly so many samples."""
         chosen = self.rows.take(pa.array([i % len(self.rows) for i in range(num_samples)]))

@@ -246,8 +246,6 @@ class DecodeMedia:
         self._decoder = settings.sample_decoder()
         # Decoding takes the one CPU of this actor; the other thread's fetches overlap with it.
         self._decoding = threading.Lock()
-        # A block's rows set off the garbage collector, again and again; what is here by now is none.
-        gc.freeze()
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Units (or planned samples, which are units then) -> units with frames."""
@@ -310,6 +308,9 @@ class DecodeSlices(DecodeMedia):
         super().__init__(settings)
         self._samples = samples
         self._num_rows = samples_per_decode
+        # A block's rows set off the garbage collector, again and again; what is here by now is none. Only
+        # in an actor of its own: beside torch, what is frozen is told as leaked when the process ends.
+        gc.freeze()
 
     def __call__(self, slices: pa.Table) -> Iterator[pa.Table]:
         """Rows of the schema `SLICE` -> tables of at most `samples_per_decode` samples."""
