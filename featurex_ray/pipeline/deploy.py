@@ -70,6 +70,10 @@ NVDEC_ACTORS = 2
 NVDEC_GPU = 0.25
 """The part of a GPU that they reserve together; its decoding units are none of those that extract."""
 
+CPUS_BESIDE_A_GPU_TO_COME = 0.5
+"""At most, of an extract actor on a cluster that grows: a GPU makes its node come, which may have one CPU
+and be the first to come, so that small actors hold parts of that when the extract actor is placed."""
+
 SECONDS_FOR_THE_FIRST_CPU = 60
 """Of a cluster whose nodes are only joining."""
 
@@ -306,6 +310,8 @@ def _with_gpus(
 ) -> tuple[Pool, Pool]:
     extract = _bounds(job.extract_actors, num_devices, most)
     cpus_each = cpus.share(4 * extract.maximum)
+    if cpus.grow:
+        cpus_each = min(cpus_each, CPUS_BESIDE_A_GPU_TO_COME)
     left = cpus.total - extract.maximum * cpus_each
     decode = _bounds(job.decode_actors, max(int(left), 1), most)
     decode_cpus = cpus.share(decode.maximum, of=left)

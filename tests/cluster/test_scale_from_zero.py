@@ -145,8 +145,7 @@ def test_a_job_makes_the_cluster_grow_and_its_end_lets_it_shrink(address: str, t
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"400 done, 0 failed", done.stdout)
-    grown = nodes(address)
-    assert any(node.get("GPU") for node in grown), grown
-    assert any(node["CPU"] == 2 for node in grown), grown
+    # Nodes that decode may be gone again by now.
+    assert {"extract", "decode"} == {*re.findall(r"Adding \d+ node\(s\) of type (\w+)", done.stdout)}
     assert verify_table(str(tmp_path / "out" / "tests.pipeline.own-Steady"), manifest=manifest).ok
     wait_until(lambda: nodes(address) == [], "the cluster's end without work", seconds=120)

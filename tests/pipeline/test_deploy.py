@@ -12,6 +12,7 @@ from featurex_ray.pipeline.deploy import (
     FETCHING_THREADS,
     IMAGES,
     INLINE,
+    SMALL_TASK_CPUS,
     VIDEOS,
     BlockShape,
     Deployment,
@@ -65,6 +66,14 @@ def test_actors_ask_for_all_that_a_cluster_can_grow_to(limits: str) -> None:
     growing = job(max_resources=limits)
     found = deploy(growing, growing.can_grow_to, most=10_000)
     assert reserved_cpus(found) >= 0.95 * growing.can_grow_to["CPU"]
+
+
+def test_a_node_of_one_cpu_and_a_gpu_that_comes_first_has_room_for_small_actors_too() -> None:
+    growing = job(max_resources="CPU=5,GPU=1")
+    found = deploy(growing, growing.can_grow_to, most=1, num_nodes=2)
+    small = (1 + found.write.size.maximum) * SMALL_TASK_CPUS  # one publishes
+    assert found.extract.num_cpus + small < 1.0
+    assert found.decode.num_cpus == 1.0
 
 
 def test_a_cluster_of_several_nodes_has_two_writers_at_least() -> None:
