@@ -59,11 +59,13 @@ def test_slow_media_leave_the_extractors_idle_and_decode_its_cpus(tmp_path: Path
     ramp = np.tile(np.arange(3000, dtype=np.uint16)[None, :, None] % 256, (3000, 1, 3)).astype(np.uint8)
     for i in range(48):
         Image.fromarray(np.roll(ramp, i, axis=1)).save(tmp_path / "media" / f"{i:02d}.png", compress_level=1)
-    build_manifest(str(tmp_path / "media"), str(tmp_path / "m.csv"), dataset="d")
+    # Each of them many times, for Ray leaves a pool as it is for a while after it grew.
+    rows = [f"{time:02d}-{i:02d},media/{i:02d}.png,d" for time in range(6) for i in range(48)]
+    (tmp_path / "m.csv").write_text("\n".join(["sample_id,uri,dataset", *rows, ""]))
     pools = {"decode_actors": "2", "extract_actors": "1:2", "max_resources": "CPU=3"}
     report = run(tmp_path / "m.csv", tmp_path / "out", extractor="tests.pipeline.own:MeanColour", **pools)
 
-    assert (report["planned"], report["failed"]) == (48, 0)
+    assert (report["planned"], report["failed"]) == (288, 0)
     seen, spent = report["watched"], report["stage_seconds"]
     assert next(iter(seen["bounds"])) == "decode"
     assert seen["most_workers"]["decode"] == 2
