@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2.functional import normalize
 
 from featurex_ray.models import embed
-from featurex_ray.models.embed import Embedder
+from featurex_ray.models.embed import Embedder, Normalise
 from featurex_ray.models.registry import resolve
 
 KINDS = [
@@ -33,6 +34,17 @@ def random_frames(made: Embedder, count: int) -> np.ndarray:
     size = made.spec.input
     rng = np.random.default_rng(count)
     return rng.integers(0, 256, (count, size.height, size.width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(5, 224, 224, 3), (2, 3, 224, 224, 3)])
+def test_frames_are_normalised_as_torchvision_does_and_stay_as_they_lie(shape: tuple[int, ...]) -> None:
+    spec = resolve("torchvision/squeezenet1_1", weights="none").spec
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8)
+    found = Normalise(spec, torch.device("cpu"))(frames)
+    wanted = normalize(frames.movedim(-1, -3) / 255, list(spec.mean), list(spec.std))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert found.dtype == torch.float32
+    assert found.movedim(-3, -1).is_contiguous()
 
 
 @pytest.mark.parametrize("text", KINDS)
