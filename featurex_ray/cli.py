@@ -145,7 +145,12 @@ def read_config(ctx: click.Context, _param: click.Parameter, path: str | None) -
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(known)):
         raise RequestError(f"--config {path}: unknown options {', '.join(unknown)}")
-    ctx.default_map = {known[name]: value for name, value in values.items()}
+    several = {param.name for param in ctx.command.params if getattr(param, "multiple", False)}
+    named = {known[name]: value for name, value in values.items()}
+    ctx.default_map = {
+        name: [value] if name in several and isinstance(value, str) else value
+        for name, value in named.items()
+    }
     return path
 
 
@@ -407,7 +412,8 @@ def retry(table: str, code: str | None, dataset: str | None, weights: str | None
     featurex retry s3://bucket/features/cnn_lstm --code timeout,unavailable
 
     Manifest rows, extractor and sampling are those that the table recorded. Where its media lie in
-    other buckets than the table, name them with --allow-prefix. Exit codes as of extract.
+    other buckets than the table, name them with --allow-prefix. Exit codes as of extract; also 2 where
+    some of them may not be read: the others are done then.
     """
     from featurex_ray.pipeline.progress import console_progress
     from featurex_ray.pipeline.retry import retry as run_retry

@@ -66,9 +66,10 @@ def test_a_dry_run_writes_nothing(manifest: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_file_gives_options_and_flags_win(manifest: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extractor", ["attention_convnet", "[attention_convnet]"])
+def test_a_config_file_gives_options_and_flags_win(extractor: str, manifest: Path, tmp_path: Path) -> None:
     config = tmp_path / "job.yaml"
-    config.write_text(f"output: {tmp_path}/out\nextractor: [attention_convnet]\ntable: from-file\n")
+    config.write_text(f"output: {tmp_path}/out\nextractor: {extractor}\ntable: from-file\n")
     assert "from-file: new 1" in run("extract", manifest, "--config", config, "--dry-run").output
     flagged = run("extract", manifest, "--config", config, "--table", "from-flag", "--dry-run")
     assert "from-flag: new 1" in flagged.output

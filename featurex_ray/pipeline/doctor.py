@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from featurex_ray.errors import FeaturexError, RunError
+from featurex_ray.errors import FeaturexError, RequestError, RunError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.pipeline.report import versions
 from featurex_ray.table.collect import now
@@ -66,6 +66,7 @@ def examine_store(store: ObjectStore) -> Iterator[Check]:
     yield _attempt("conditional writes", lambda: _races(store))
     if isinstance(store, S3Store):
         yield _attempt("conditional multipart uploads", lambda: _multipart_races(store))
+        yield _attempt("abandoned uploads", lambda: _uploads(store))
         yield _attempt("versioning", lambda: _versioning(store))
     yield _attempt("clock", lambda: _skew(now(store)))
     if isinstance(store, LocalStore):
@@ -112,6 +113,14 @@ def _multipart_races(store: ObjectStore) -> tuple[Verdict, str]:
     if created and replaced:
         return "ok", f"of {NUM_RACERS} racers exactly one created, and exactly one replaced"
     return "note", "not honoured, so objects above 5 GiB are refused; smaller ones never need them"
+
+
+def _uploads(store: S3Store) -> tuple[Verdict, str]:
+    try:
+        count = sum(1 for _ in store.uploads(PRIVATE))
+    except RequestError as error:
+        return "note", f"can't be listed, so runs can't end them; give the bucket a lifecycle rule: {error}"
+    return "ok", f"{count} under way or broken off; runs end those older than a day"
 
 
 def _versioning(store: S3Store) -> tuple[Verdict, str]:

@@ -58,7 +58,7 @@ def retry(
 
     Raises:
         TableNotFoundError: There is no such table.
-        RefusedUriError: Failed samples lie where this run may not read; none was tried.
+        RefusedUriError: Failed samples lie where this run may not read; the others were tried.
         RunError: The run failed and can be run again.
     """
     started = time.monotonic()

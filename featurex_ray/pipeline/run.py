@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import ray
 
 from featurex_ray.contained import ProcessLimits
-from featurex_ray.errors import RequestError, RunError, TableNotFoundError
+from featurex_ray.errors import RequestError, RunError, StoreUnavailableError, TableNotFoundError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
@@ -181,6 +181,7 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
                 _see_done(request, tables, assignments, claims, report, progress, started)
                 agenda.worked(sum(assignment.num_samples for assignment in assignments))
         _close(request, tables, agenda, report)
+        _collect(tables, report, progress)
     return report
 
 
@@ -188,11 +189,20 @@ def _close(request: Request, tables: Sequence[FeatureTable], agenda: Agenda, rep
     for table, summary in zip(tables, report.tables, strict=True):
         summary.left = agenda.num_left(table)
         summary.skipped = max(request.manifest.num_samples - summary.planned, 0)
-        if summary.planned or summary.pruned:
-            table.collect()
     report.close(request.started)
     for table in tables:
         table.save_report(report.run_id, report.to_json())
+
+
+def _collect(tables: Sequence[FeatureTable], report: RunReport, progress: Progress) -> None:
+    """Tidy up after a run whose work is done and reported: that it can't makes no failure of it."""
+    for table, summary in zip(tables, report.tables, strict=True):
+        if not (summary.planned or summary.pruned):
+            continue
+        try:
+            table.collect()
+        except (RequestError, StoreUnavailableError) as error:
+            progress.say(f"what {summary.table} needs no more is left to a later run to collect: {error}")
 
 
 def _see_done(

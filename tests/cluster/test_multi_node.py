@@ -1,7 +1,7 @@
 """A real cluster of several nodes on one machine: nodes are killed, another joins late, no row differs.
 
 Each node is processes of its own, with an address, a CPU and a logical GPU; the head runs no work, and all
-of it needs a token. `FEATUREX_KILLS=10 pytest tests/cluster/test_multi_node.py` is the long form.
+of it needs a token. `FEATUREX_KILLS=10 pytest -m long tests/cluster/test_multi_node.py` kills more of them.
 """
 
 import json

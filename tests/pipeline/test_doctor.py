@@ -1,6 +1,7 @@
 """What the doctor says of stores that keep their promises, of one that doesn't, and of a cluster."""
 
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from featurex_ray.errors import RequestError, RunError, StoreRefusedError
 from featurex_ray.pipeline import doctor
 from featurex_ray.pipeline.doctor import Check, examine, raise_if_failed
 from featurex_ray.table.probe import probe_store
-from featurex_ray.table.store import open_store
+from featurex_ray.table.store import S3Store, Upload, open_store
 from tests.faults.proxy import Proxy, careless_proxy, running
 
 
@@ -78,6 +79,20 @@ def test_a_bucket_without_the_right_to_delete_fails(
         assert "delet" in access.detail.lower()
         with pytest.raises(RequestError, match=r"(?i)delet"):
             probe_store(open_store(s3_root))
+
+
+def test_uploads_that_may_not_be_listed_are_noted(
+    s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verdicts(list(examine(s3_root)))["abandoned uploads"] == "ok"
+
+    def refused(self: S3Store, prefix: str) -> Iterator[Upload]:
+        raise RequestError(f"uploads {prefix} was refused: AccessDenied")
+
+    monkeypatch.setattr(S3Store, "uploads", refused)
+    checks = list(examine(s3_root))
+    raise_if_failed(checks)
+    assert verdicts(checks)["abandoned uploads"] == "note"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import duckdb
 import numpy as np
@@ -22,7 +22,9 @@ from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, decode_video
 from featurex_ray.models.embed import Embedder
 from featurex_ray.models.registry import resolve
+from featurex_ray.pipeline.progress import Silent
 from featurex_ray.pipeline.run import plan_only
+from featurex_ray.table.table import FeatureTable
 from featurex_ray.table.verify import verify_table
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -77,6 +79,26 @@ def test_a_second_run_does_nothing_and_reads_no_media(photos: Path, tmp_path: Pa
     again = fx.run(job(manifest, tmp_path / "out"))
     assert (again.planned, again.num_units, again.tables[0].skipped) == (0, 0, 12)
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_run_that_may_not_tidy_up_is_done_all_the_same(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Heard(Silent):
+        told: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.told.append(text)
+
+    def refused(self: FeatureTable) -> None:
+        raise RequestError("uploads s3://bucket/out was refused: AccessDenied")
+
+    monkeypatch.setattr(FeatureTable, "collect", refused)
+    build_manifest(str(photos), str(tmp_path / "m.csv"))
+    report = fx.run(job(tmp_path / "m.csv", tmp_path / "out"), progress=Heard())
+    assert (report.planned, report.failed) == (12, 0)
+    assert (tmp_path / f"out/_featurex/attention_convnet/runs/{report.run_id}.json").is_file()
+    assert "left to a later run to collect: uploads s3://bucket/out was refused" in Heard.told[-1]
 
 
 def test_bundled_media_on_s3(bundled_media: Path, s3_root: str) -> None:
