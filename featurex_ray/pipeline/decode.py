@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -363,7 +364,8 @@ def _columns_of(media: Media | None, done: Decoded | None) -> dict[str, Any]:
     }
     if done is None:
         raise TypeError("no outcome of media that are there")
-    columns["decode_seconds"] = done.seconds
+    # Of one that lost its decoder nobody knows them, and a sum over all must not become unknown for it.
+    columns["decode_seconds"] = None if math.isnan(done.seconds) else done.seconds
     if isinstance(done.outcome, SampleError):
         return columns | {"error": error_struct(done.outcome)}
     if isinstance(done.outcome, DecodedVideo):

@@ -120,9 +120,8 @@ class Tracker:
         Returns:
             How many samples became whole by them, and the assignments that became whole.
         """
-        failed = failed_units(staged)
-        self._note_codes(staged.filter(pa.array(failed)))
-        settles = failed | self._is_last_unit(staged, failed)
+        self._note_codes(staged.filter(pa.array(failed_units(staged))))
+        settles = self._is_last_unit(staged)
         assignment, row = staged["assignment"].to_numpy()[settles], staged["plan_row"].to_numpy()[settles]
         count, whole = 0, []
         for number in np.unique(assignment).tolist():
@@ -138,15 +137,17 @@ class Tracker:
     def _note_codes(self, failed: pa.Table) -> None:
         for unit in failed.select(["assignment", "plan_row", "error_codes"]).to_pylist():
             key = unit["assignment"], unit["plan_row"]
-            self._units.pop(key, None)
             for codes, code in zip(self.codes, unit["error_codes"], strict=True):
                 if code is not None:
                     codes.setdefault(key, code)
 
-    def _is_last_unit(self, staged: pa.Table, failed: np.ndarray) -> np.ndarray:
-        """(N,) bool: with this unit, all of its sample's are there."""
+    def _is_last_unit(self, staged: pa.Table) -> np.ndarray:
+        """(N,) bool: with this unit, all of its sample's are there, failed ones included.
+
+        One that failed settles nothing by itself: another table may want the others.
+        """
         is_last: np.ndarray = staged["num_units"].to_numpy() == 1
-        parts = np.flatnonzero(~is_last & ~failed)
+        parts = np.flatnonzero(~is_last)
         names = ["assignment", "plan_row", "unit_index", "num_units"]
         for place, unit in zip(parts, staged.select(names).take(pa.array(parts)).to_pylist(), strict=True):
             key = unit["assignment"], unit["plan_row"]

@@ -40,7 +40,7 @@ class TableReport:
         planned: Samples of the plans that this run worked on.
         done: Of these, samples whose features are visible now.
         failed: Of these, samples that are failure rows now.
-        failures_by_code: `failed`, by code.
+        failures_by_code: `failed`, by code; those that an earlier run staged aside.
         pruned: Samples that left the manifest and are gone now.
         left: Samples that a budget left for another run; None where there was none.
         skipped: Manifest samples that needed nothing (done or failed before).
@@ -160,9 +160,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def failures_by_code(codes: Sequence[str | None]) -> dict[str, int]:
-    """Counts by code, the most frequent first."""
-    return dict(Counter(code for code in codes if code is not None).most_common())
+def failures_by_code(codes: Sequence[str], *, before: Mapping[str, int]) -> dict[str, int]:
+    """Counts by code, the most frequent first, those of earlier rounds of the run included."""
+    return dict((Counter(before) + Counter(codes)).most_common())
 
 
 def report_lines(report: RunReport) -> list[str]:

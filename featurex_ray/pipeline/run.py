@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from featurex_ray.pipeline.preflight import ask_nodes
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.publish import PUBLISHING_THREADS, PublishPlans
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
-from featurex_ray.pipeline.source import Assignment, slices_of
+from featurex_ray.pipeline.source import Assignment, assignments_of, slices_of
 from featurex_ray.pipeline.threads import threads_of
 from featurex_ray.storage import ReadPolicy, redact
 from featurex_ray.table.facts import TableFacts, read_facts
@@ -361,16 +360,15 @@ def _plan(
     tables: Sequence[FeatureTable], agenda: Agenda, report: RunReport, progress: Progress
 ) -> list[Assignment]:
     """Ask for each table's plans; those over the very same samples become one assignment."""
-    together: dict[tuple[str, str, bool], dict[int, Plan]] = defaultdict(dict)
-    for index, table in enumerate(tables):
+    found = []
+    for table in tables:
         table.finish_published()
         plans = agenda.plans(table, run_id=report.run_id)
-        for plan in plans:
-            together[plan.dataset, plan.samples_hash, plan.kind == "prune"][index] = plan
+        found.append(plans)
         if planned := sum(plan.num_samples for plan in plans):
             in_plans = f"{len(plans)} plan{'' if len(plans) == 1 else 's'}"
             progress.say(f"{table.facts.name}: {planned:,} samples to do, in {in_plans}")
-    return [Assignment(plans) for plans in together.values()]
+    return assignments_of(found)
 
 
 def _execute(
@@ -574,5 +572,5 @@ def _count_published(
         table.failed += result.num_failed
         table.num_rows += result.num_rows
         table.objects.append(result.key)
-    for index, table in enumerate(report.tables):
-        table.failures_by_code = failures_by_code(list(tracker.codes[index].values()))
+    for table, codes in zip(report.tables, tracker.codes, strict=True):
+        table.failures_by_code = failures_by_code([*codes.values()], before=table.failures_by_code)

@@ -1,5 +1,6 @@
 """The pipeline's source: slices of open plans, less what is staged already."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,18 @@ class Assignment:
     def num_samples(self) -> int:
         """Samples of each of the plans."""
         return self.leader[1].num_samples
+
+
+def assignments_of(plans: Sequence[Sequence[Plan]]) -> list[Assignment]:
+    """The plans of each table, those over the very same samples together.
+
+    Only plans of one run are: another may have read another manifest, with other media of the same names.
+    """
+    together: dict[tuple[str, str, str, bool], dict[int, Plan]] = defaultdict(dict)
+    for index, own in enumerate(plans):
+        for plan in own:
+            together[plan.run_id, plan.dataset, plan.samples_hash, plan.kind == "prune"][index] = plan
+    return [Assignment(each) for each in together.values()]
 
 
 @dataclass(frozen=True)

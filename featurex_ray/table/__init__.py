@@ -1,4 +1,4 @@
-"""Feature tables: the write protocol (PROTOCOL.md) on S3 and local disk, and reading. Knows neither Ray nor torch."""
+"""Feature tables: the write protocol (PROTOCOL.md), S3 and local disk, reading. Knows no Ray and no torch."""
 
 from featurex_ray.table.compare import Work
 from featurex_ray.table.facts import TableFacts

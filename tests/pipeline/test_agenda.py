@@ -1,12 +1,14 @@
 """What a run asks its agenda for, and how often the manifest is read for it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from featurex_ray.pipeline.agenda import ManifestAgenda
+from featurex_ray.pipeline.source import assignments_of
 from featurex_ray.table import FeatureTable, open_store
 from featurex_ray.table.log import Plan
 from tests.table.conftest import FACTS, World, stage
@@ -90,3 +92,17 @@ def test_pruning_follows_plans_that_name_every_sample(table: FeatureTable) -> No
     see_done(table, [changed], world)
     (prune,) = agenda.plans(table, run_id="ours")
     assert (prune.kind, prune.num_samples) == ("prune", 6)
+
+
+def test_only_plans_of_one_run_share_their_media(tmp_path: Path) -> None:
+    """Another run may have read another manifest, with other media of the same names."""
+    tables = [
+        FeatureTable.open_or_create(open_store(str(tmp_path)), replace(FACTS, name=name)) for name in "ab"
+    ]
+    world = World(4)
+    (stale,) = tables[0].plan(world.samples, run_id="killed")
+    plans = [ManifestAgenda(Manifest(world), 5).plans(table, run_id="ours") for table in tables]
+    assert [plan.samples_hash for (plan,) in plans] == [stale.samples_hash] * 2
+    assert [sorted(each.plans) for each in assignments_of(plans)] == [[0], [1]]
+    ours = [[replace(plan, run_id="ours")] for (plan,) in plans]
+    assert [sorted(each.plans) for each in assignments_of(ours)] == [[0, 1]]

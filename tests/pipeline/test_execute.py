@@ -14,8 +14,8 @@ def staged(*rows: dict[str, Any]) -> pa.Table:
     return to_table([plain | row for row in rows], STAGED)
 
 
-def tracker(*lengths: int) -> Tracker:
-    return Tracker([np.ones(n, bool) for n in lengths], num_tables=1)
+def tracker(*lengths: int, num_tables: int = 1) -> Tracker:
+    return Tracker([np.ones(n, bool) for n in lengths], num_tables=num_tables)
 
 
 def test_an_assignment_is_whole_when_all_its_samples_are() -> None:
@@ -38,10 +38,12 @@ def test_a_sample_needs_all_its_units() -> None:
     assert found.add(staged({"unit_index": 0, "num_units": 2})) == (1, [0])
 
 
-def test_one_failed_unit_settles_its_sample() -> None:
-    found = tracker(1)
-    assert found.add(staged({"num_units": 3, "unit_index": 2, "error_codes": ["timeout"]})) == (1, [0])
-    assert found.codes == [{(0, 0): "timeout"}]
+def test_a_unit_that_failed_for_one_table_settles_nothing_for_the_other() -> None:
+    found = tracker(1, num_tables=2)
+    codes = ["wrong_clip_length", None]
+    assert found.add(staged({"num_units": 2, "unit_index": 1, "error_codes": codes})) == (0, [])
+    assert found.add(staged({"num_units": 2, "unit_index": 0, "error_codes": [None, None]})) == (1, [0])
+    assert found.codes == [{(0, 0): "wrong_clip_length"}, {}]
 
 
 def test_of_a_remote_traceback_the_line_that_was_raised_is_shown() -> None:
