@@ -47,7 +47,7 @@ class MediaKind:
 VIDEOS = MediaKind(per_block=16, per_decode=1, per_actor=8)
 IMAGES = MediaKind(per_block=256, per_decode=64, per_actor=256)
 INLINE = MediaKind(per_block=2048, per_decode=2048, per_actor=4096)
-"""Media that lie in the manifest are small."""
+"""Images that lie in the manifest are small."""
 
 BLOCK_BYTES = 48 << 20
 """Of images' frames in a block, about; Ray Data handles blocks of up to 128 MB well."""
@@ -67,12 +67,15 @@ _VIDEO_NAME = r"(?i)\.(mp4|m4v|mov|mkv|webm|avi|ts|m2ts|mts|mpg|mpeg|vob|flv|ogv
 
 NVDEC_ACTORS = 2
 """Decode actors that share a GPU: cards have 1 to 7 decoding units, and each actor takes a CUDA context."""
-NVDEC_GPU = 0.25
-"""The part of a GPU that they reserve together; its decoding units are none of those that extract."""
+NVDEC_GPU = 0.34
+"""The part of a GPU that each of them reserves, though its decoding units are none of those that extract. Ray
+fills a GPU before it takes the next: of more than a third two fit, and what is left is one extract actor's."""
+NVDEC_ROOM = 0.32
+"""What they leave of each GPU."""
 
-CPUS_BESIDE_A_GPU_TO_COME = 0.5
-"""At most, of an extract actor on a cluster that grows: a GPU makes its node come, which may have one CPU
-and be the first to come, so that small actors hold parts of that when the extract actor is placed."""
+CPUS_BESIDE_A_GPU = 0.5
+"""At most, of actors that only a GPU's node can have, where CPUs elsewhere don't help them or where nodes are
+to come: such a node may have one CPU and be the first, so that small actors hold parts of that already."""
 
 SECONDS_FOR_THE_FIRST_CPU = 60
 """Of a cluster whose nodes are only joining."""
@@ -179,11 +182,11 @@ def most_actors(shape: BlockShape, *, num_samples: int, windowed: bool) -> int:
 
 
 def _kind(first: pa.RecordBatch) -> MediaKind:
-    if first["data_file"].null_count < len(first):
-        return INLINE
     by_name = pc.match_substring_regex(first["uri"], _VIDEO_NAME)
     is_video = pc.if_else(pc.is_valid(first["media_type"]), pc.equal(first["media_type"], "video"), by_name)
-    return VIDEOS if pc.mean(pc.cast(is_video, pa.float64())).as_py() > 0.1 else IMAGES
+    if pc.mean(pc.cast(pc.fill_null(is_video, False), pa.float64())).as_py() > 0.1:
+        return VIDEOS
+    return INLINE if first["data_file"].null_count < len(first) else IMAGES
 
 
 @dataclass(frozen=True)
@@ -258,26 +261,33 @@ def deploy(
     num_cpus = max(int(resources.get("CPU", 1)), 1)
     num_gpus = resources.get("GPU", 0.0)
     gpus_each = job.gpus_per_extract_actor
-    share = NVDEC_GPU if decodes_on_gpu else 0.0
+    room = NVDEC_ROOM if decodes_on_gpu else 1.0
     if decodes_on_gpu and num_gpus < 1:
         raise RequestError(f"--decoder nvdec needs GPUs, and the cluster has {num_gpus:g}")
     if gpus_each is None:
-        gpus_each = 1.0 - share if num_gpus >= 1 else 0.0
-    if gpus_each > num_gpus * (1 - share):
-        left = f", of which decoding takes {num_gpus * share:g}" if share else ""
-        raise RequestError(
-            f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs{left}"
-        )
+        gpus_each = room if num_gpus >= 1 else 0.0
+    if decodes_on_gpu and gpus_each > room:
+        raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but nvdec leaves {room:g} of each GPU")
+    if gpus_each > num_gpus:
+        raise RequestError(f"--gpus-per-extract-actor {gpus_each:g}, but the cluster has {num_gpus:g} GPUs")
+    num_devices = _extractors_on(num_gpus, gpus_each, room)
     cpus = _Cpus(num_cpus - _spare_cpus(num_cpus), grow=bool(job.can_grow_to))
     if decodes_on_gpu:
-        decode, extract = _with_decoding_gpus(job, cpus, int(num_gpus), gpus_each, most)
+        decode, extract = _with_decoding_gpus(job, cpus, int(num_gpus), num_devices, gpus_each, most)
     elif gpus_each:
-        decode, extract = _with_gpus(job, cpus, int(num_gpus / gpus_each), gpus_each, most)
+        decode, extract = _with_gpus(job, cpus, num_devices, gpus_each, most)
     else:
         decode, extract = _without_gpus(job, num_cpus, cpus, most)
     writers = max(math.ceil(decode.size.maximum / 4), min(num_nodes, 2))
     write = Pool(PoolSize(1, writers), SMALL_TASK_CPUS, 0.0)
     return Deployment(decode, extract, write, may_shrink=bool(job.can_grow_to))
+
+
+def _extractors_on(num_gpus: float, gpus_each: float, room: float) -> int:
+    """Extract actors that so many GPUs hold: parts of two cards are no share of one."""
+    if gpus_each > 1:
+        return int(num_gpus / gpus_each)
+    return int(num_gpus) * (int(room / gpus_each + 1e-9) if gpus_each else 1)
 
 
 def _spare_cpus(num_cpus: int) -> float:
@@ -311,7 +321,7 @@ def _with_gpus(
     extract = _bounds(job.extract_actors, num_devices, most)
     cpus_each = cpus.share(4 * extract.maximum)
     if cpus.grow:
-        cpus_each = min(cpus_each, CPUS_BESIDE_A_GPU_TO_COME)
+        cpus_each = min(cpus_each, CPUS_BESIDE_A_GPU)
     left = cpus.total - extract.maximum * cpus_each
     decode = _bounds(job.decode_actors, max(int(left), 1), most)
     decode_cpus = cpus.share(decode.maximum, of=left)
@@ -319,13 +329,12 @@ def _with_gpus(
 
 
 def _with_decoding_gpus(
-    job: ExtractionJob, cpus: _Cpus, num_gpus: int, gpus_each: float, most: int
+    job: ExtractionJob, cpus: _Cpus, num_gpus: int, num_devices: int, gpus_each: float, most: int
 ) -> tuple[Pool, Pool]:
-    num_devices = int(num_gpus * (1 - NVDEC_GPU) / gpus_each) if gpus_each else num_gpus
     extract = _bounds(job.extract_actors, num_devices, most)
     decode = _bounds(job.decode_actors, num_gpus * NVDEC_ACTORS, most)
-    cpus_each = cpus.share(extract.maximum + decode.maximum)
-    gpu_share = min(num_gpus * NVDEC_GPU / decode.maximum, NVDEC_GPU)
+    cpus_each = min(cpus.share(extract.maximum + decode.maximum), CPUS_BESIDE_A_GPU / (NVDEC_ACTORS + 1))
+    gpu_share = NVDEC_GPU * min(num_gpus * NVDEC_ACTORS / decode.maximum, 1.0)
     return Pool(decode, cpus_each, gpu_share), Pool(extract, cpus_each, gpus_each)
 
 

@@ -1,6 +1,7 @@
 """One run from manifest to published tables: prepare, plan, execute, publish, report."""
 
 import dataclasses
+import math
 import os
 import secrets
 import socket
@@ -61,9 +62,14 @@ from featurex_ray.table.table import FeatureTable
 POLL_SECONDS = 2.0
 """Between two looks at what other runs work on."""
 
-PLANS_AT_ONCE = 8
 PUBLISH_TRIES = 30
+"""Of a call that loses its actor, whichever of the actor's calls brought that down."""
+
+PLANS_AT_ONCE = 8
 """Plans whose staged parts are listed at the same time."""
+
+SAMPLES_LOOKED_AT = 128
+"""Of each of a few plans, to see of what kind the media are."""
 
 
 @contextmanager
@@ -435,7 +441,7 @@ def _work(
 ) -> Work:
     num_samples = sum(int(mask.sum()) for mask in todo)
     cluster = cluster_resources(request.job)
-    first = _some_samples(tables, assignments[0])
+    first = _some_samples(tables, assignments)
     windowed = request.job.clip_seconds is not None
     inputs = tuple(dict.fromkeys(e.spec.input for e in request.extractors))
     shape = block_shape(
@@ -473,9 +479,15 @@ def _work(
     return Work(tables, assignments, slices, decode, extract, deployment, run_id, shape)
 
 
-def _some_samples(tables: Sequence[FeatureTable], assignment: Assignment) -> pa.RecordBatch:
-    index, plan = assignment.leader
-    return tables[index].read_plan(plan, range(min(plan.num_samples, 1024))).combine_chunks().to_batches()[0]
+def _some_samples(tables: Sequence[FeatureTable], assignments: Sequence[Assignment]) -> pa.RecordBatch:
+    """What says of what kind the media are, of plans spread over the run: each dataset can hold another."""
+    chosen = [each.leader for each in assignments[:: math.ceil(len(assignments) / PLANS_AT_ONCE)]]
+    columns = ["data_file", "uri", "media_type"]
+    parts = [
+        tables[index].read_plan(plan, range(min(plan.num_samples, SAMPLES_LOOKED_AT)), columns)
+        for index, plan in chosen
+    ]
+    return pa.concat_tables(parts).combine_chunks().to_batches()[0]
 
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:

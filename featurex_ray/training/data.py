@@ -35,7 +35,7 @@ class DecodeExamples(DecodeMedia):
     """The decode stage of extraction, keeping only what training needs."""
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        """Planned samples -> `plan_row`, `error`, `num_frames`, `frames_0`."""
+        """Planned samples -> `plan_row`, `error`, `message`, `num_frames`, `frames_0`."""
         decoded = super().__call__(units)
         num_frames = [
             sum(clip["num_frames"] for clip in clips or ()) for clips in decoded["clips"].to_pylist()
@@ -69,7 +69,8 @@ def decoded_dataset(labelled: LabelledSamples, settings: DecodeSettings) -> Data
     )
     pool = Pool(PoolSize(1, actors), min(1.0, (resources.get("CPU", 1) - 0.5) / actors), 0.0)
     planned = _planned(labelled.samples)
-    blocks = [planned.slice(first, shape.samples) for first in range(0, num_samples, shape.samples)]
+    size = shape.samples_per_decode  # a task decodes its block in one call
+    blocks = [planned.slice(first, size) for first in range(0, num_samples, size)]
     decoded: Dataset = (
         ray.data.from_arrow(blocks)
         .map_batches(

@@ -1,6 +1,7 @@
 """Pools and blocks from resources: what fits, what is asked for and what is refused."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -91,6 +92,8 @@ def test_gpu_cluster_gives_each_extract_actor_a_gpu_and_decode_the_cpus() -> Non
 def test_a_gpu_can_be_shared_or_left_alone() -> None:
     shared = deploy(job(gpus_per_extract_actor=0.5), {"CPU": 8, "GPU": 1}, most=100)
     assert (shared.extract.size.maximum, shared.extract.num_gpus) == (2, 0.5)
+    of_two_cards = deploy(job(gpus_per_extract_actor=0.6), {"CPU": 8, "GPU": 4}, most=100)
+    assert of_two_cards.extract.size.maximum == 4
     unused = deploy(job(gpus_per_extract_actor=0.0), {"CPU": 8, "GPU": 1}, most=100)
     assert unused.extract.num_gpus == 0
 
@@ -107,10 +110,28 @@ def test_decoding_on_gpus_shares_them(num_cpus: int, num_gpus: int, decode_actor
     assert 0 < reserved_cpus(found) <= num_cpus - 0.5
 
 
+def test_each_gpu_gets_two_that_decode_and_one_that_extracts() -> None:
+    """As Ray places them: those that decode first, each on the fullest card that it still fits on."""
+    found = deploy(job(), {"CPU": 64, "GPU": 4}, most=10_000, decodes_on_gpu=True)
+    left, placed = [1.0] * 4, [Counter[str]() for _ in range(4)]
+    for name, pool in (("decode", found.decode), ("extract", found.extract)):
+        for _ in range(pool.size.maximum):
+            card = min((i for i in range(4) if left[i] >= pool.num_gpus - 1e-9), key=lambda i: left[i])
+            left[card] -= pool.num_gpus
+            placed[card][name] += 1
+    assert placed == [Counter(decode=2, extract=1)] * 4
+
+
+@pytest.mark.parametrize("limits", ["", "CPU=5,GPU=1"])
+def test_decoding_on_gpus_needs_no_more_cpus_than_a_small_node_has(limits: str) -> None:
+    found = deploy(job(max_resources=limits), {"CPU": 9, "GPU": 1}, most=10_000, decodes_on_gpu=True)
+    assert reserved_cpus(found) <= 0.5
+
+
 def test_decoding_on_gpus_needs_room_on_them() -> None:
     with pytest.raises(RequestError, match="needs GPUs"):
         deploy(job(), {"CPU": 8}, most=100, decodes_on_gpu=True)
-    with pytest.raises(RequestError, match=r"has 1 GPUs, of which decoding takes 0.25"):
+    with pytest.raises(RequestError, match=r"nvdec leaves 0.32 of each GPU"):
         deploy(job(gpus_per_extract_actor=1.0), {"CPU": 8, "GPU": 1}, most=100, decodes_on_gpu=True)
 
 
@@ -153,7 +174,9 @@ def test_blocks_follow_the_media() -> None:
     videos = samples(uri=["a.mp4", "b.MKV"])
     typed = samples(uri=["a", "b"], media_type=["video", "video"])
     inline = samples(data_file=["m.parquet"], data_row=[0])
-    for batch, kind in ((images, IMAGES), (videos, VIDEOS), (typed, VIDEOS), (inline, INLINE)):
+    clips = samples(data_file=["m.parquet"] * 2, data_row=[0, 1], media_type=["video", None])
+    kinds = [(images, IMAGES), (videos, VIDEOS), (typed, VIDEOS), (inline, INLINE), (clips, VIDEOS)]
+    for batch, kind in kinds:
         many = shape_of(batch, 100_000)
         assert (many.kind, many.samples, many.samples_per_decode) == (kind, kind.per_block, kind.per_decode)
         few = shape_of(batch, 8)
