@@ -4,13 +4,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurex_ray.benchmark.device import DeviceRates, measure_device
 from featurex_ray.errors import RequestError
@@ -67,16 +68,16 @@ class Costs:
         """Of a sample, one stage after the other."""
         return sum(cost.seconds for cost in (self.fetch, self.decode, *self.embed.values()))
 
-    def bound(self, num_cpus: int) -> float:
+    def bound(self, num_cpus: int, num_gpus: int = 1) -> float:
         """Samples a second that the machine allows.
 
-        All CPUs over the CPU seconds of a sample; on a GPU the device's own time a sample is the
-        other bound, and the smaller one holds.
+        All CPUs over the CPU seconds of a sample; on GPUs their own time a sample is the other bound, and
+        the smaller one holds.
         """
         read = self.fetch.cpu_seconds + self.decode.cpu_seconds
         if self.device == "cpu":
             return num_cpus / (read + sum(cost.cpu_seconds for cost in self.embed.values()))
-        return min(num_cpus / read, 1 / sum(cost.seconds for cost in self.embed.values()))
+        return min(num_cpus / read, num_gpus / sum(cost.seconds for cost in self.embed.values()))
 
 
 def measure_alone(
@@ -140,13 +141,17 @@ def _settings(extractors: Sequence[ResolvedExtractor], policy: ReadPolicy, sampl
     )
 
 
-def decodable(
+def whole_media(
     samples: pa.Table, extractors: Sequence[ResolvedExtractor], *, policy: ReadPolicy, sampling: str
-) -> np.ndarray:
-    """(N,) bool: which samples, in the schema `PLANNED`, can be fetched and decoded."""
-    decode = DecodeMedia(_settings(extractors, policy, sampling))
-    parts = (samples.slice(first, CHECKED_AT_ONCE) for first in range(0, len(samples), CHECKED_AT_ONCE))
-    return np.concatenate([decode(part)["error"].is_null().to_numpy() for part in parts])
+) -> list[str | None]:
+    """Which samples, in the schema `PLANNED`, are whole: each one's media type, None for what isn't."""
+    decode = DecodeMedia(replace(_settings(extractors, policy, sampling), partial="fail"))
+    found: list[str | None] = []
+    for first in range(0, len(samples), CHECKED_AT_ONCE):
+        decoded = decode(samples.slice(first, CHECKED_AT_ONCE))
+        is_good = decoded["error"].combine_chunks().is_null()
+        found += pc.if_else(is_good, decoded["media_type"].combine_chunks(), None).to_pylist()
+    return found
 
 
 def measure_on_all_cpus(measure: Callable[..., Costs], num_cpus: int) -> Costs:

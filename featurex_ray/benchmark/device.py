@@ -104,7 +104,9 @@ def measure_device(embedder: Embedder, *, clip_frames: int, seconds: float = SEC
 def _forward(embedder: Embedder) -> Forward:
     """Features of clips (N, T, 3, H, W), as the embedder computes them from one batch."""
     network: Any = embedder.network
-    if embedder.spec.media == "any" or not isinstance(network, TwoStage):
+    if embedder.spec.media == "any":
+        return lambda clips: network(clips.flatten(0, 1).unsqueeze(1))
+    if not isinstance(network, TwoStage):
         return cast("Forward", network)
 
     def in_two_stages(clips: Tensor) -> Any:

@@ -17,8 +17,10 @@ def slow_s3() -> Iterator["SlowProxy"]:
     with s3_server() as endpoint:
         proxy = SlowProxy(urlsplit(endpoint).port or 80)
         os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.start()}"
-        yield proxy
-        proxy.stop()
+        try:
+            yield proxy
+        finally:
+            proxy.stop()
 
 
 class SlowProxy:

@@ -15,10 +15,10 @@ import torch
 
 from featurex_ray.benchmark.alone import (
     Costs,
-    decodable,
     mean_costs,
     measure_alone,
     measure_on_all_cpus,
+    whole_media,
 )
 from featurex_ray.benchmark.contenders import Contender, ours, peer
 from featurex_ray.benchmark.latency import slow_s3
@@ -83,7 +83,8 @@ class Benchmark:
     """All that was measured.
 
     Attributes:
-        num_cpus: Of this process, or of the cluster that ran ours.
+        num_cpus: Of this process, or of the cluster that runs ours.
+        num_gpus: Likewise, at least 1.
         costs: The stages alone, one CPU busy.
         all_cpus: The same with all CPUs of this machine busy, where there are several and they embed: before
             the runs and after each of ours, as machines that others share are faster at times than at others.
@@ -98,6 +99,7 @@ class Benchmark:
     all_cpus: list[Costs] = field(default_factory=list)
     contenders: list[Contender] = field(default_factory=list)
     slow: list[Contender] = field(default_factory=list)
+    num_gpus: int = 1
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -108,7 +110,7 @@ class Benchmark:
     @property
     def bound(self) -> float:
         """Samples a second that the machine allows."""
-        return (self.busy or self.costs).bound(self.num_cpus)
+        return (self.busy or self.costs).bound(self.num_cpus, self.num_gpus)
 
     def plot(self) -> bytes | None:
         """A PNG of how busy the stages were in our last run, if there was one."""
@@ -123,6 +125,7 @@ class Benchmark:
             "settings": asdict(self.settings),
             "precision": self.precision,
             "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
             "costs": asdict(self.costs),
             "all_cpus": [asdict(costs) for costs in self.all_cpus],
             "bound": self.bound,
@@ -204,14 +207,21 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
         raise RequestError(f"--samples must be at least {SMALL}, --repeats at least 1")
     if settings.compare and len(settings.extractors) > 1:
         raise RequestError("--compare takes one --extractor: the peers have no way to share decoding")
+    num_cpus, num_gpus = _machine(settings)
+    if settings.compare and num_cpus != (here := len(os.sched_getaffinity(0))):
+        raise RequestError(
+            f"--compare is for one machine: the peers would run here, on {here} CPUs, ours on a cluster of "
+            f"{num_cpus}"
+        )
     with tempfile.TemporaryDirectory(prefix="featurex-benchmark-") as name:
         folder = Path(name)
         pieces = Pieces.of(settings.media, folder)
         if settings.latency_ms and pieces.prefix is None:
             raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
         if settings.compare:
-            pieces = _decodable(settings, pieces, folder, say)
+            pieces = _for_peers(settings, pieces, folder, say)
         result, all_cpus = _alone(settings, pieces, folder)
+        result.num_cpus, result.num_gpus = num_cpus, num_gpus
         say(result.lines()[1].strip())
         if settings.with_ray:
             result.contenders = _contenders(settings, result, pieces)
@@ -234,24 +244,25 @@ def measure_growth(settings: Settings, axis: Axis, say: Say) -> Sweep:
     return sweep(axis, settings.media, options, samples=settings.samples, say=say)
 
 
-def _decodable(settings: Settings, pieces: Pieces, folder: Path, say: Say) -> Pieces:
-    """The media that a run would use, less those that can't be decoded: peers stop at the first of them."""
+def _for_peers(settings: Settings, pieces: Pieces, folder: Path, say: Say) -> Pieces:
+    """The media that a run would use, less those at which peers stop: broken ones, videos among images."""
     pieces = pieces.first(settings.samples)
     count = len(pieces.rows)
     manifest = pieces.manifest(folder / "all.parquet", count)
     extractors = _extractors(settings)
-    is_good = decodable(
+    kinds = whole_media(
         planned(manifest, count),
         extractors,
         policy=_policy(manifest, pieces),
         sampling=_sampling(settings, extractors),
     )
-    if not is_good.any():
+    wanted = next((kind for kind in kinds if kind is not None), None)
+    if wanted is None:
         raise RequestError(f"none of the {count:,} media can be decoded")
-    if not is_good.all():
-        left_out = count - is_good.sum()
-        say(f"left out {left_out:,} of {count:,} media: peers stop at what can't be decoded")
-    return Pieces(pieces.rows.filter(pa.array(is_good)))
+    kept = pieces.rows.filter(pa.array([kind == wanted for kind in kinds]))
+    if left_out := count - len(kept):
+        say(f"left out {left_out:,} of {count:,} media: peers stop at what isn't a whole {wanted}")
+    return Pieces(kept)
 
 
 def _extractors(settings: Settings) -> list[ResolvedExtractor]:
@@ -297,12 +308,19 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark,
     def all_cpus() -> list[Costs]:
         return [measure_on_all_cpus(measure, here)] if costs.device == "cpu" and here > 1 else []
 
-    return Benchmark(settings, precision, _num_cpus(settings), costs, all_cpus()), all_cpus
+    return Benchmark(settings, precision, here, costs, all_cpus()), all_cpus
 
 
-def _num_cpus(settings: Settings) -> int:
-    if settings.address is None:
-        return len(os.sched_getaffinity(0))
+def _address(settings: Settings) -> str | None:
+    """Of the cluster that runs ours, None for a local one; as `extract` understands it."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def _machine(settings: Settings) -> tuple[int, int]:
+    """CPUs and GPUs of what runs ours; of this process where nothing does."""
+    if not settings.with_ray or _address(settings) is None:
+        return len(os.sched_getaffinity(0)), max(torch.cuda.device_count() * settings.with_ray, 1)
     import ray
 
     from featurex_ray.pipeline.connect import connect
@@ -310,7 +328,8 @@ def _num_cpus(settings: Settings) -> int:
 
     with ray_as_found():
         connect(settings)
-        return int(ray.cluster_resources().get("CPU", 1))
+        found = ray.cluster_resources()
+    return int(found.get("CPU", 1)), max(int(found.get("GPU", 1)), 1)
 
 
 def _contenders(settings: Settings, result: Benchmark, pieces: Pieces) -> list[Contender]:
@@ -376,8 +395,10 @@ def _from_slow_s3(
     settings: Settings, precision: str, pieces: Pieces, folder: Path, say: Say
 ) -> list[Contender]:
     found = []
+    # Before this process is pointed at the slow server: they may lie on S3 themselves.
+    media = _copied(pieces.first(settings.samples), folder / "media")
     with slow_s3() as proxy:
-        stored = _uploaded(pieces)
+        stored = _uploaded(media)
         for delay in (0.0, settings.latency_ms / 1000):
             proxy.delay_seconds = delay
             contender = ours(_options(settings, precision, stored.prefix))
@@ -387,14 +408,21 @@ def _from_slow_s3(
     return found
 
 
-def _uploaded(pieces: Pieces) -> Pieces:
+def _copied(pieces: Pieces, folder: Path) -> list[Path]:
+    """The media as files."""
+    folder.mkdir()
+    paths = []
+    for number, uri in enumerate(pieces.rows["uri"].to_pylist()):
+        paths.append(folder / f"{number:06d}-{uri.rpartition('/')[2]}")
+        with fsspec.open(uri) as media:
+            paths[-1].write_bytes(media.read())
+    return paths
+
+
+def _uploaded(media: Sequence[Path]) -> Pieces:
     """The media in a bucket of the server that the environment names."""
     store = fsspec.filesystem("s3", skip_instance_cache=True)
     store.mkdir(BUCKET)
-    uris = []
-    for number, uri in enumerate(pieces.rows["uri"].to_pylist()):
-        key = f"{BUCKET}/{number:06d}-{uri.rpartition('/')[2]}"
-        with fsspec.open(uri) as media:
-            store.pipe_file(key, media.read())
-        uris.append(f"s3://{key}")
-    return Pieces(pa.table({"uri": uris}))
+    for path in media:
+        store.put_file(str(path), f"{BUCKET}/{path.name}")
+    return Pieces(pa.table({"uri": [f"s3://{BUCKET}/{path.name}" for path in media]}))

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from featurex_ray.media.sniff import sniff
 from featurex_ray.models.build import build
 from featurex_ray.models.registry import resolve
 from featurex_ray.models.spec import ExtractorSpec
@@ -30,7 +31,6 @@ from featurex_ray.models.spec import ExtractorSpec
 BATCH_PIXELS = 64 * 224 * 224
 MOST_FRAMES = 512
 FRAMES = 16
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg")
 
 
 def transform_of(spec: ExtractorSpec) -> Callable[[Any], Tensor]:
@@ -54,15 +54,15 @@ def read(row: dict[str, Any]) -> bytes:
         return bytes(file.read())
 
 
-def is_video(row: dict[str, Any]) -> bool:
-    """Whether a manifest row names a video, by its ending."""
-    return str(row.get("uri") or "").lower().endswith(VIDEOS)
+def is_video(data: bytes) -> bool:
+    """Whether encoded media are a video."""
+    return sniff(data).media_type == "video"
 
 
 def frames_of(row: dict[str, Any], transform: Callable[[Any], Tensor]) -> Tensor:
     """(T, 3, H, W) float32: one frame of an image, `FRAMES` of a video, evenly spread."""
     data = read(row)
-    if not is_video(row):
+    if not is_video(data):
         return transform(Image.open(io.BytesIO(data)).convert("RGB")).unsqueeze(0)
     import decord
 
@@ -116,7 +116,7 @@ class Rows(Dataset[tuple[str, Tensor]]):
 def batch_of(rows: pa.Table, spec: ExtractorSpec) -> int:
     """Samples of a batch: 64 pictures of 224x224, more where they are small, fewer where each is a video."""
     frames = min(BATCH_PIXELS // (spec.input.height * spec.input.width), MOST_FRAMES)
-    return max(frames // FRAMES if is_video(rows.slice(0, 1).to_pylist()[0]) else frames, 1)
+    return max(frames // FRAMES if is_video(read(rows.slice(0, 1).to_pylist()[0])) else frames, 1)
 
 
 def dataloader(manifest: str, output: str, extractor: str, weights: str, num_cpus: int) -> None:
@@ -154,7 +154,10 @@ def ray_data(manifest: str, output: str, extractor: str, weights: str, num_cpus:
     """Ray Data's way: tasks read and preprocess, a pool of actors runs the model, `write_parquet`."""
     import ray.data
 
-    ray.init(address="local", num_cpus=num_cpus, log_to_driver=False)
+    gpus = torch.cuda.device_count()
+    size = gpus or max(num_cpus // 2, 1)
+    # One CPU beyond the actors', for the tasks that read.
+    ray.init(address="local", num_cpus=max(num_cpus, size + 1), log_to_driver=False)
     spec = resolve(extractor, weights=weights).spec
     transform = transform_of(spec)
     first = pq.ParquetFile(manifest)
@@ -169,14 +172,12 @@ def ray_data(manifest: str, output: str, extractor: str, weights: str, num_cpus:
         }
 
     uris = [] if "data" in first.schema_arrow.names else first.read(["uri"])["uri"].to_pylist()
-    if uris and not uris[0].lower().endswith(VIDEOS):
+    if uris and not is_video(read({"uri": uris[0]})):
         decoded = ray.data.read_images(uris, mode="RGB", include_paths=True).map(preprocess)
     elif uris:
         decoded = ray.data.from_arrow(first.read()).repartition(4 * num_cpus).map(decode)
     else:
         decoded = ray.data.read_parquet(manifest).map(decode)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    size = gpus or max(num_cpus // 2, 1)
     features = decoded.map_batches(
         RayNetwork,
         fn_constructor_args=(extractor, weights),

@@ -35,6 +35,8 @@ class Pieces:
         """
         if media.endswith(".parquet"):
             names = pq.read_schema(media).names
+            if not pq.read_metadata(media).num_rows:
+                raise RequestError(f"--media {media}: has no rows")
             column = next((name for name in ("data", "uri") if name in names), None)
             if column is None:
                 raise RequestError(f"--media {media}: has neither a `data` nor a `uri` column")

@@ -69,7 +69,7 @@ NVDEC_ACTORS = 2
 """Decode actors that share a GPU: cards have 1 to 7 decoding units, and each actor takes a CUDA context."""
 NVDEC_GPU = 0.34
 """The part of a GPU that each of them reserves, though its decoding units are none of those that extract. Ray
-fills a GPU before it takes the next: of more than a third two fit, and what is left is one extract actor's."""
+fills a GPU before it takes the next: of more than a third two fit, and what is left is for one to extract."""
 NVDEC_ROOM = 0.32
 """What they leave of each GPU."""
 

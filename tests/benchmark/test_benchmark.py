@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from featurex_ray.benchmark import measure
 from featurex_ray.benchmark.alone import Costs, StageCost, measure_on_all_cpus
 from featurex_ray.benchmark.contenders import Contender, Timed
 from featurex_ray.benchmark.latency import SlowProxy
@@ -107,6 +108,25 @@ def test_a_manifest_names_media_beside_it(tmp_path: Path) -> None:
     assert Pieces.of(str(tmp_path / "m.parquet"), tmp_path).prefix == f"{tmp_path}/"
 
 
+def test_peers_are_not_compared_with_a_cluster_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_machine", lambda _: (4096, 1))
+    settings = Settings(str(MEDIA / "images"), extractors=["attention_convnet"], compare=["dataloader"])
+    with pytest.raises(RequestError, match="ours on a cluster of 4096"):
+        benchmark(settings, print)
+
+
+def test_the_bound_of_several_gpus_is_theirs_together() -> None:
+    stage = StageCost(0.0001, 0.0001)
+    costs = Costs(10, stage, stage, {"a": StageCost(0.010, 0.010)}, "cuda:0")
+    assert costs.bound(64, 4) == pytest.approx(400)
+
+
+def test_a_manifest_without_rows_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"data": pa.array([], pa.binary())}), tmp_path / "m.parquet")
+    with pytest.raises(RequestError, match="no rows"):
+        benchmark(Settings(media=str(tmp_path / "m.parquet")), print)
+
+
 def test_delayed_gets_of_inline_media_are_refused_before_any_run(tmp_path: Path) -> None:
     pq.write_table(pa.table({"data": [b"x"]}), tmp_path / "m.parquet")
     with pytest.raises(RequestError, match="--latency-ms"):
@@ -186,16 +206,17 @@ def test_the_dataloader_peer_computes_the_same_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "extractor", "samples"),
+    ("media", "extractor", "samples"),
     [
-        ("a.jpg", "torchvision/resnet18", 64),
-        ("a.jpg", "attention_convnet", 512),
-        ("a.avi", "torchvision/resnet18", 4),
-        ("a.avi", "torchvision/efficientnet_b7", 1),
+        ("images/astronaut.jpg", "torchvision/resnet18", 64),
+        ("images/astronaut.jpg", "attention_convnet", 512),
+        ("videos/bikes.mp4", "torchvision/resnet18", 4),
+        ("videos/bikes.mp4", "torchvision/efficientnet_b7", 1),
     ],
 )
-def test_a_peers_batch_suits_the_pictures(uri: str, extractor: str, samples: int) -> None:
-    assert batch_of(pa.table({"uri": [uri]}), resolve(extractor, weights="none").spec) == samples
+def test_a_peers_batch_suits_the_pictures(media: str, extractor: str, samples: int) -> None:
+    rows = pa.table({"uri": [str(MEDIA / media)]})
+    assert batch_of(rows, resolve(extractor, weights="none").spec) == samples
 
 
 def test_occupancy_is_drawn() -> None:
@@ -204,15 +225,16 @@ def test_occupancy_is_drawn() -> None:
 
 
 def test_media_at_which_peers_would_stop_are_left_out_where_they_are_compared(tmp_path: Path) -> None:
-    for name in ("astronaut.jpg", "cut-off.jpg"):
-        (tmp_path / name).write_bytes((MEDIA / "images" / name).read_bytes())
+    for name in ("images/astronaut.jpg", "images/cut-off.jpg", "videos/coffee-pan.webm"):
+        (tmp_path / Path(name).name).write_bytes((MEDIA / name).read_bytes())
     settings = Settings(
         str(tmp_path), extractors=["attention_convnet"], with_ray=False, compare=["dataloader"]
     )
     told: list[str] = []
     benchmark(settings, told.append)
-    assert told[0].startswith("left out 1 of 2 media")
-    (tmp_path / "astronaut.jpg").unlink()
+    assert told[0].startswith("left out 2 of 3 media: peers stop at what isn't a whole image")
+    for name in ("astronaut.jpg", "coffee-pan.webm"):
+        (tmp_path / name).unlink()
     with pytest.raises(RequestError, match="none of the 1 media can be decoded"):
         benchmark(settings, told.append)
 

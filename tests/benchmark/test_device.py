@@ -41,6 +41,12 @@ def test_measured_on_the_cpu(text: str, clip_frames: int, monkeypatch: pytest.Mo
     assert rates.failed == {}
 
 
+def test_an_image_extractor_sees_each_frame_of_a_video_alone() -> None:
+    made = Embedder(resolve("tests.models.own:MeanColour"), precision="fp32", device="cpu")
+    made.network = lambda frames: frames.shape  # type: ignore[assignment]
+    assert device._forward(made)(torch.zeros(4, 2, 3, 8, 8)) == (8, 1, 3, 8, 8)
+
+
 def test_a_network_that_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nand a long story")
