@@ -71,7 +71,7 @@ class DecodedImages:
     """Decoded images by columns: of small ones, a row in Python costs more than its pixels.
 
     Attributes:
-        place: (N,) int64: which of the requests.
+        place: (N,) int64: which of the requests, ascending.
         width: (N,) int64: of the sources in pixels, upright.
         height: (N,) int64: likewise.
         seconds: (N,) float64: that each took.

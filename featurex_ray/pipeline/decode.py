@@ -286,7 +286,7 @@ class DecodeMedia:
         images = fetched[done.images.place]
         table = _image_table(done.images, [media[place] for place in images.tolist()], self._made)
         if len(images) == len(units):
-            return table.take(pa.array(np.argsort(images))) if np.any(np.diff(images) < 0) else table
+            return table
         outcomes = {int(fetched[place]): outcome for place, outcome in done.others.items()}
         others = np.setdiff1d(np.arange(len(units)), images)
         rows = units.select(_CHANGES).take(pa.array(others)).to_pylist()

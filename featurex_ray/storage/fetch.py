@@ -70,7 +70,7 @@ class Fetcher:
     """Reads what a manifest names, as far as the policy allows.
 
     Timeouts, resets, 429 and 5xx are tried again with exponential backoff and full jitter;
-    403 and 404 are not. Make one per process, and use it from one thread.
+    403 and 404 are not. Make one per process; threads can share it, each call with its own objects in flight.
 
     Args:
         policy: What may be read.

@@ -23,12 +23,6 @@ from tests.media.test_video import FILMS, media
 
 OPTIONS = DecodeOptions((InputSpec(48, 64), InputSpec(32, 32, resize=40)))
 REQUEST = SampleRequest(ClipRequest(Sampling("uniform", 5)))
-ORDERS = [
-    REQUEST,
-    SampleRequest(ClipRequest(Sampling("every", 3), clip_seconds=0.5)),
-    SampleRequest(REQUEST.video, cut=True),
-    SampleRequest(REQUEST.video, "image"),
-]
 DEFECTIVE = "tests.hostile.decoders:DefectiveDecoder"
 
 
