@@ -1,8 +1,10 @@
 """The command line: thin doors to the library, one function a command."""
 
+import csv
 import dataclasses
 import json
 import logging
+import re
 import signal
 import sys
 import types
@@ -127,12 +129,30 @@ def _option_type(field: "dataclasses.Field[Any]", job: type) -> tuple[type, list
     return (plain[0] if plain else str), []
 
 
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML as people mean it: to YAML 1.1 a pool of `2:8` is a number to base 60, and `010` is eight."""
+
+
+_ConfigLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float"))]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
 def read_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
     """Take a YAML file's values as the defaults of this command; flags win."""
     if path is None:
         return None
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _ConfigLoader)  # noqa: S506  it is a safe one
     except (OSError, yaml.YAMLError) as error:
         raise RequestError(f"--config {path}: {error}") from error
     if not isinstance(values, Mapping):
@@ -644,11 +664,19 @@ def query(table: str, sql: str, form: str) -> None:
 
     result = open_table(table).query(sql)
     if form == "csv":
-        result.to_pandas().to_csv(sys.stdout, index=False)
+        rows = csv.writer(sys.stdout, lineterminator="\n")
+        rows.writerow(result.column_names)
+        for row in result.to_pylist():
+            rows.writerow([_csv_cell(value) for value in row.values()])
     elif form == "json":
         click.echo("\n".join(json.dumps(row, default=str) for row in result.to_pylist()))
     else:
         print_rows(result.to_pylist())
+
+
+def _csv_cell(value: Any) -> Any:
+    """Lists and structs as JSON, whole, whatever their length."""
+    return json.dumps(value, default=str) if isinstance(value, list | dict) else value
 
 
 @cli.command()

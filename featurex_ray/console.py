@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 LONGEST_LIST = 3
 WIDTH_OF_LOGS = 140
@@ -12,18 +13,18 @@ WIDTH_OF_LOGS = 140
 
 def print_rows(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> None:
     """Print rows as a table; long lists are shown by their beginning and length."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_LOGS
     if not rows:
         console.print(f"{title or 'rows'}: none")
         return
-    table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    table = Table(title=title and Text(title), title_justify="left", header_style="bold", title_style="bold")
     for name in rows[0]:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(show(value) for value in row.values()))
+        table.add_row(*(Text(show(value)) for value in row.values()))  # a name in brackets is no markup
     console.print(table)
 
 

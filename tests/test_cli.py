@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from featurex_ray.cli import cli
+from featurex_ray.cli import cli, with_job_options
 from featurex_ray.job import option_fields
 
 BASE = ["--extractor", "attention_convnet"]
@@ -73,6 +75,24 @@ def test_a_config_file_gives_options_and_flags_win(extractor: str, manifest: Pat
     assert "from-file: new 1" in run("extract", manifest, "--config", config, "--dry-run").output
     flagged = run("extract", manifest, "--config", config, "--table", "from-flag", "--dry-run")
     assert "from-flag: new 1" in flagged.output
+
+
+def test_a_config_file_is_read_as_people_mean_it(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"output: {tmp_path}/out\nextractor: attention_convnet\ndecode-actors: 2:8\nextract-actors: 010\n"
+        "max-failure-rate: .5\nbatch-size: 32\ndecode-seconds: 1e2\n"
+    )
+
+    @click.command()
+    @with_job_options
+    def show(**options: Any) -> None:
+        click.echo(json.dumps(options, default=str))
+
+    shown = CliRunner().invoke(show, ["--config", str(config)])
+    found = json.loads(shown.output)
+    assert (found["decode_actors"], found["extract_actors"]) == ("2:8", "010")
+    assert (found["max_failure_rate"], found["batch_size"], found["decode_seconds"]) == (0.5, 32, 100.0)
 
 
 @pytest.mark.parametrize(

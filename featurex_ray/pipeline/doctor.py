@@ -207,12 +207,26 @@ def _node_checks(uri: str, node: dict[str, Any], mine: dict[str, str]) -> Iterat
         yield Check(host, "FAIL", f"a task there failed: {str(error).strip().splitlines()[-1]}")
         return
     yield from _machine_checks(host, facts)
-    other = {name: facts["versions"].get(name) for name in mine if facts["versions"].get(name) != mine[name]}
-    differs = ", ".join(
-        f"{name} {version or 'missing'} (here {mine[name]})" for name, version in other.items()
-    )
-    yield Check(f"{host} versions", "FAIL" if other else "ok", differs or "the same as here")
+    yield Check(f"{host} versions", *_compared(facts["versions"], mine))
     yield Check(f"{host} store", "ok" if facts["store"] == "ok" else "FAIL", facts["store"])
+
+
+def _compared(theirs: dict[str, str], mine: dict[str, str]) -> tuple[Verdict, str]:
+    """What differs on a node; it fails where a run would refuse the node for it."""
+    from featurex_ray.pipeline.preflight import MUST_AGREE, is_same_version
+
+    other = {name: theirs.get(name, "missing") for name in mine if theirs.get(name) != mine[name]}
+    if not other:
+        return "ok", "the same as here"
+    fails = any(
+        not is_same_version(theirs.get(name, "missing"), mine[name]) for name in other if name in MUST_AGREE
+    ) or _minor(theirs["python"]) != _minor(mine["python"])
+    differs = ", ".join(f"{name} {version} (here {mine[name]})" for name, version in other.items())
+    return ("FAIL" if fails else "note"), differs
+
+
+def _minor(python: str) -> str:
+    return python.rpartition(".")[0]
 
 
 def look_from_node(uri: str) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def own_versions() -> dict[str, str]:
     return found
 
 
+def is_same_version(one: str, other: str) -> bool:
+    """Whether two are of one release: the CPU and CUDA builds of a torch differ behind the plus sign only."""
+    return one.partition("+")[0] == other.partition("+")[0]
+
+
 def check(answers: Sequence[Answer], ours: dict[str, str]) -> None:
     """Compare what the nodes say with this process.
 
@@ -89,8 +94,7 @@ def check(answers: Sequence[Answer], ours: dict[str, str]) -> None:
         other = [
             f"{name} {found.versions[name]} there, {version} here"
             for name, version in ours.items()
-            # The CPU and CUDA builds of one torch differ behind the plus sign only.
-            if found.versions[name].partition("+")[0] != version.partition("+")[0]
+            if not is_same_version(found.versions[name], version)
         ]
         if other:
             raise RequestError(f"node {found.host} differs from the driver: {'; '.join(other)}")

@@ -53,8 +53,10 @@ class _Counts:
         self.began = time.monotonic()
 
     def begin(self, num_samples: int) -> None:
-        self.total = num_samples
-        self.began = time.monotonic()
+        """Work on so many more samples begins; a run can have several rounds."""
+        if not self.samples:
+            self.began = time.monotonic()
+        self.total = self.samples + num_samples
 
     def add(self, samples: int, clips: int, failed: int) -> None:
         self.samples += samples
@@ -153,12 +155,12 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Print the step above the bar."""
-        self._bar.console.print(text, style="dim", highlight=False)
+        self._bar.console.print(text, style="dim", highlight=False, markup=False, emoji=False)
 
     def begin(self, num_samples: int) -> None:
         """Show the bar."""
         self._counts.begin(num_samples)
-        self._bar.update(self._task, total=num_samples)
+        self._bar.update(self._task, total=self._counts.total)
         self._bar.start()
 
     def advance(self, *, samples: int, clips: int, failed: int) -> None:

@@ -4,6 +4,7 @@ The object listing decides what is read, so `_featurex/` and other tables never 
 read sees whole plans.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,16 +70,23 @@ class TableReader:
     def query(self, sql: str) -> pa.Table:
         """Runs SQL with DuckDB, in which the table is `features` and its failures are `failures`.
 
+        Returns:
+            Its rows; of columns of one name the later ones are `a_1`, `a_2` and so on.
+
         Raises:
-            RequestError: DuckDB refused it; its message says why.
+            RequestError: DuckDB refused it; its message says why. Or it asks for no rows.
         """
         with duckdb.connect() as connection:
             connection.register("features", self.dataset())
             connection.register("failures", self._failures())
             try:
-                return connection.sql(sql).to_arrow_table()
+                found = connection.sql(sql)
+                if found is None:  # nothing but a comment, or a statement that answers nothing
+                    raise RequestError("the query asks for no rows; give a SELECT")
+                rows = found.to_arrow_table()
             except duckdb.Error as error:
                 raise RequestError(f"DuckDB refused the query: {error}") from error
+        return rows.rename_columns(_distinct(rows.column_names))
 
     def search(
         self,
@@ -155,6 +163,14 @@ class TableReader:
         if isinstance(self.store, S3Store):
             return s3fs.S3FileSystem(endpoint_url=self.store.endpoint)
         return fs.LocalFileSystem()
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        others = (f"{name}_{number}" for number in itertools.count(1))
+        found.append(next(new for new in others if new not in {*names, *found}) if name in found else name)
+    return found
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

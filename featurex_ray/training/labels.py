@@ -60,7 +60,7 @@ def read_labelled(manifest: Manifest, *, classes: Sequence[str] | None = None) -
     samples = pa.Table.from_batches(list(manifest.batches()))
     labels = samples["label"].combine_chunks()
     _refuse_missing(manifest.uri, samples)
-    found = [str(value) for value in pc.unique(labels).sort().to_pylist()]
+    found = pc.unique(labels).sort().cast(pa.string()).to_pylist()
     if classes is None and len(found) < 2:
         raise ManifestError(f"{manifest.uri} has only one class, {found[0]!r}: there is nothing to learn")
     names = tuple(classes or found)

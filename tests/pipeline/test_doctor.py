@@ -107,6 +107,21 @@ def test_no_such_store_fails() -> None:
         list(examine("gs://bucket/out"))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "verdict"),
+    [
+        ({}, "ok"),
+        ({"torch": "2.15.0+cu130"}, "note"),
+        ({"numpy": "2.0.1", "python": "3.11.4"}, "note"),
+        ({"torch": "2.14.0"}, "FAIL"),
+        ({"python": "3.12.1"}, "FAIL"),
+    ],
+)
+def test_a_node_fails_for_what_a_run_would_refuse(theirs: dict[str, str], verdict: str) -> None:
+    mine = {"python": "3.11.7", "torch": "2.15.0+cpu", "numpy": "2.0.0"}
+    assert doctor._compared(mine | theirs, mine)[0] == verdict
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_examine_cluster(s3_root: str) -> None:
     found = verdicts(list(examine(s3_root, address="auto")))

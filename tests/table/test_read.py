@@ -67,6 +67,16 @@ def test_query(reader: TableReader) -> None:
     assert reader.query("SELECT count(*) AS n FROM failures WHERE dataset = 'b'").to_pylist() == [{"n": 1}]
 
 
+def test_columns_of_one_name_all_come_back(reader: TableReader) -> None:
+    found = reader.query("SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a")
+    assert found.to_pylist() == [{"a": 1, "a_2": 2, "a_1": 3, "a_3": 4}]
+
+
+def test_a_query_for_nothing_fails(reader: TableReader) -> None:
+    with pytest.raises(RequestError, match="no rows"):
+        reader.query("-- features")
+
+
 def test_query_fails(reader: TableReader) -> None:
     with pytest.raises(RequestError, match=r"DuckDB refused the query: .*nothing"):
         reader.query("SELECT * FROM nothing")

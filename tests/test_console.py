@@ -1,0 +1,44 @@
+"""What a person sees of rows and progress."""
+
+import csv
+import io
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+from featurex_ray.cli import cli
+from featurex_ray.console import print_rows
+from featurex_ray.pipeline.progress import Lines
+from featurex_ray.table import read
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["set[final].jpg", "a[/b].jpg", "urn:cat:7"]
+    print_rows([{"sample_id": name, "labels": ["photos", "clips"]} for name in names], title="[all] of them")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in [*names, "[photos, clips]", "[all] of them"])
+
+
+def test_features_are_whole_in_csv(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table:
+        def query(self, _: str) -> pa.Table:
+            return pa.table(
+                {"sample_id": ["a,b"], "feature": [[i / 7 for i in range(2048)]], "label": [None]}
+            )
+
+    monkeypatch.setattr(read, "open_table", lambda _: Table())
+    done = CliRunner().invoke(cli, ["query", "table", "SELECT *", "--format", "csv"])
+    (names, row) = csv.reader(io.StringIO(done.output))
+    assert names == ["sample_id", "feature", "label"]
+    assert (row[0], row[2], len(row[1].split(","))) == ("a,b", "", 2048)
+
+
+def test_progress_goes_on_in_a_second_round() -> None:
+    lines = Lines()
+    lines.begin(10)
+    lines.advance(samples=10, clips=10, failed=0)
+    lines.begin(4)
+    lines.advance(samples=1, clips=1, failed=0)
+    assert lines._counts.line().startswith("11/14 samples")
+    assert (lines._counts.seconds_left or 0) > 0
