@@ -1,3 +1,6 @@
+import asyncio
+import contextlib
+import gzip
 import io
 import json
 import mmap
@@ -7,16 +10,20 @@ import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec.asyn import get_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurex_ray.errors import FetchError, RefusedUriError, RequestError
 from featurex_ray.storage import Fetched, Fetcher, ReadPolicy, filesystem, parse, redact, resolve
+from featurex_ray.storage.objects import WebObjects
+from featurex_ray.storage.web import web_filesystem
 from tests.faulty_store import FaultyStore, use_store
 
 HOME = "s3://bkt/manifests/m.parquet"
@@ -555,6 +562,32 @@ class TestTar:
         assert failure("s3://bkt/s.tar::none.jpg").code == code
         assert failure(f"{tmp_path}/s.tar::none.jpg", home="/m.csv").code == code
 
+    @pytest.mark.parametrize("record", ["GNU.sparse.size", "GNU.sparse.map", "GNU.sparse.realsize"])
+    def test_headers_that_are_no_numbers_fail_their_samples_only(self, tmp_path: Path, record: str) -> None:
+        with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            odd = tarfile.TarInfo("a.jpg")
+            odd.pax_headers = {record: "x,y"}
+            tar.addfile(odd)
+        (tmp_path / "ok.jpg").write_bytes(b"ok")
+        with fetcher("/m.csv") as reader:
+            found = dict(reader.fetch_many([f"{tmp_path}/s.tar::a.jpg", f"{tmp_path}/ok.jpg"]))
+        assert getattr(found[0], "code", None) == "bad_archive"
+        assert getattr(found[1], "data", None) == b"ok"
+
+    @pytest.mark.parametrize("size", [-512, 1 << 40])
+    @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+    def test_headers_of_impossible_sizes_end(self, tmp_path: Path, size: int, kind: bytes) -> None:
+        second = tarfile.TarInfo("b.jpg")
+        second.type = kind
+        block = bytearray(second.tobuf())
+        block[124:136] = (
+            (size & ((1 << 96) - 1)).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+        )
+        block[148:156] = b"        "
+        block[148:156] = b"%06o\0 " % sum(block)
+        (tmp_path / "s.tar").write_bytes(make_tar({"a.jpg": b"a"})[:1024] + bytes(block) + bytes(10240))
+        assert failure(f"{tmp_path}/s.tar::none.jpg", home="/m.csv").code in ("bad_archive", "not_found")
+
     def test_links_are_no_members(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "s.tar", "w") as tar:
             link = tarfile.TarInfo("link.jpg")
@@ -596,6 +629,55 @@ class TestOtherStores:
         with fetcher(allow=(store.endpoint,)) as reader:
             assert reader.fetch(f"{store.endpoint}/small").data == b"web"
         assert failure(f"{store.endpoint}/endless", allow=(store.endpoint,)).code == "too_large"
+
+    @pytest.mark.parametrize("kind", ["packed", "more than asked for"])
+    def test_a_server_does_not_decide_how_much_memory_a_fetch_takes(self, kind: str) -> None:
+        class Generous(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = gzip.compress(bytes(1 << 24)) if kind == "packed" else bytes(1 << 25)
+                ranged = kind != "packed" and self.headers.get("Range") == "bytes=0-1023"
+                self.send_response(206 if ranged else 200)
+                if kind == "packed":
+                    self.send_header("Content-Encoding", "gzip")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Generous)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        store = WebObjects(web_filesystem(named=["127.0.0.1"]))
+        part = None if kind == "packed" else range(1024)
+
+        async def read() -> None:
+            await store.read(parse(f"{address}/a.jpg"), part=part, etag=None, limit=1 << 20)
+
+        with pytest.raises(FetchError) as failed:
+            asyncio.run_coroutine_threadsafe(read(), get_loop()).result(30)
+        assert failed.value.code == ("bad_request" if kind == "packed" else "too_large")
+        server.shutdown()
+
+    @pytest.mark.parametrize(
+        ("code", "wanted"), [(429, "unavailable"), ("oops", "unavailable"), (403, "forbidden")]
+    )
+    def test_errors_of_a_store_of_its_own_fail_their_samples_only(
+        self, monkeypatch: pytest.MonkeyPatch, code: object, wanted: str
+    ) -> None:
+        class HttpError(Exception):
+            pass
+
+        def refuses(*_: object, **__: object) -> None:
+            error = HttpError("no")
+            error.code = code  # type: ignore[attr-defined]
+            raise error
+
+        fsspec.filesystem("memory").pipe_file("/box/b.jpg", b"b")
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", refuses)
+        assert failure("memory://box/b.jpg", allow=("memory://box",)).code == wanted
 
     def test_any_fsspec_store(self) -> None:
         fsspec.filesystem("memory").pipe_file("/box/a.jpg", b"memory" * 4_000_000)

@@ -3,10 +3,10 @@
 - Orientation in EXIF is honoured; an invalid one is ignored.
 - Gray and 1-bit are repeated into three channels, palettes are looked up, CMYK and YCbCr go
   through Pillow's own conversion. ICC profiles are not applied.
-- 16-bit gray is scaled by 255/65535 and rounded; 16-bit RGB likewise, by Pillow.
+- 16-bit gray is scaled by 255/65535 and rounded, 12-bit by 255/4095; 16-bit RGB likewise, by Pillow.
 - Alpha is composited over white: the ground on which browsers, documents and shops show such
   pictures. What lies hidden under full transparency never shows.
-- Floating-point pixels and integers beyond 16 bits are refused: their range is unknown.
+- Floating-point pixels, signed integers and those beyond 16 bits are refused: their range is unknown.
 - Of animations and many-page files the first picture is used.
 """
 
@@ -16,13 +16,13 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from featurex_ray.errors import DecodeError
 from featurex_ray.media.limits import DEFAULT_LIMITS, MediaLimits
@@ -54,6 +54,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 _MARGIN = 2.75
 """By how much a JPEG decoded at reduced scale is still too large. Measured with MobileNetV2 and
@@ -146,6 +148,7 @@ def decode_image(
         limits.check_ratio(num_pixels=width * height, num_bytes=len(data))
         if not full_decode:
             _reduce(image, inputs)
+        _fit_transparency(image)
         image.load()
         orientation = _orientation(image)
         upright = _upright(_to_rgb(image), orientation)
@@ -238,6 +241,22 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
+_TRANSPARENCY: dict[str, Callable[[Any], Any]] = {
+    "L;2": lambda value: value * 85,
+    "L;4": lambda value: value * 17,
+    "RGB;16B": lambda value: tuple(part >> 8 for part in value),
+}
+"""By how a PNG's pixels are packed: its transparent value, which counts as they do, in Pillow's 8 bits."""
+
+
+def _fit_transparency(image: Image.Image) -> None:
+    value = image.info.get("transparency")
+    if image.format == "PNG" and value is not None and isinstance(image, ImageFile.ImageFile) and image.tile:
+        packed = image.tile[0].args
+        if isinstance(packed, str) and packed in _TRANSPARENCY:
+            image.info["transparency"] = _TRANSPARENCY[packed](value)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_integers(image).convert("RGB")
@@ -259,13 +278,26 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """16-bit gray, which Pillow holds as `I;16*` or `I`, to 8 bits by scaling."""
+    """12 and 16-bit gray, which Pillow holds as `I;16*` or `I`, to 8 bits by scaling."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    num_bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    if num_bits > 16 or tags.get(_SAMPLE_FORMAT, (1,))[0] != _UNSIGNED:
+        raise DecodeError(
+            "unsupported_codec", "integer pixels beyond 16 bits, or signed, have no known range"
+        )
+    white = (1 << num_bits) - 1
+    hidden = image.info.get("transparency")
     flat = Image.new("L", image.size)
     for box in _bands(image):
         values = np.asarray(image.crop(box)).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        if values.min() < 0 or values.max() > white:
             raise DecodeError("unsupported_codec", "integer pixels beyond 16 bits have no known range")
-        flat.paste(Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)), box)
+        gray = (values * 255 + white // 2) // white
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            gray = 255 - gray
+        if isinstance(hidden, int):
+            gray[values == hidden] = 255
+        flat.paste(Image.fromarray(gray.astype(np.uint8)), box)
     return flat
 
 

@@ -101,13 +101,17 @@ class WebObjects:
             if reply.status != (200 if part is None else 206):
                 code = "bad_request" if reply.status < 400 else error_code(reply.status)
                 raise FetchError(code, f"{redact(str(location))!r} answered {reply.status} {reply.reason}")
+            if (encoding := reply.headers.get("Content-Encoding", "identity")) != "identity":
+                message = f"{redact(str(location))!r} came as {encoding}, which was not asked for"
+                raise FetchError("bad_request", message)
             etag_now = reply.headers.get("ETag", "")
-            if part is None and reply.content_length is None:
-                data = await _read_unannounced(reply, limit)
-                return Chunk(data, etag_now, len(data))
-            size = _total_size(reply.headers.get("Content-Range"), reply.content_length or 0)
-            fits = part is not None or size <= limit
-            return Chunk(await reply.read() if fits else None, etag_now, size)
+            if part is not None:
+                data = await _read_at_most(reply, len(part))
+                return Chunk(data, etag_now, _total_size(reply.headers.get("Content-Range"), len(data)))
+            if reply.content_length is not None and reply.content_length > limit:
+                return Chunk(None, etag_now, reply.content_length)
+            data = await _read_at_most(reply, limit)
+            return Chunk(data, etag_now, len(data))
 
     @asynccontextmanager
     async def _reply(
@@ -191,6 +195,12 @@ async def _in_thread(threads: Executor, location: Location, read: Callable[[], C
     except OSError as error:
         message = f"{redact(str(location))!r}: {error.strerror or type(error).__name__}"
         raise FetchError(_os_error_code(error), message) from error
+    except FetchError:
+        raise
+    except Exception as error:  # gcsfs, adlfs and others have errors of their own, of no common kind
+        status = str(getattr(error, "code", None) or getattr(error, "status_code", None))
+        code = error_code(int(status)) if status.isdigit() else "unavailable"
+        raise FetchError(code, f"{redact(str(location))!r}: {type(error).__name__}") from error
 
 
 def _os_error_code(error: OSError) -> str:
@@ -212,15 +222,13 @@ def _total_size(content_range: str | None, content_length: int) -> int:
     return content_length if content_range is None else int(content_range.rpartition("/")[2])
 
 
-async def _read_unannounced(reply: aiohttp.ClientResponse, limit: int) -> bytes:
-    """A body whose length the server keeps to itself, and which may be endless."""
+async def _read_at_most(reply: aiohttp.ClientResponse, limit: int) -> bytes:
+    """A body, whatever the server says of its length: it may be endless."""
     data = bytearray()
     async for piece in reply.content.iter_any():
         data += piece
         if len(data) > limit:
-            raise FetchError(
-                "too_large", f"the server sent over {limit} bytes without saying how many there are"
-            )
+            raise FetchError("too_large", f"the server sent more than the {limit} bytes that fit")
     return bytes(data)
 
 

@@ -9,6 +9,8 @@ from featurex_ray.errors import FetchError
 
 FIRST_WINDOW_BYTES = 64 << 10
 _LARGEST_WINDOW_BYTES = 8 << 20
+_LARGEST_HEADER_BYTES = 1 << 20
+"""Of names and pax records; more is asked for by broken headers only."""
 # Skipping this much costs a store about as much time as reading it.
 _WORTH_SKIPPING_BYTES = 1 << 20
 
@@ -66,8 +68,14 @@ class RangeReader(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """Reads up to `size` bytes, fewer only at the end."""
-        stop = self._size if size < 0 else min(self._position + size, self._size)
+        """Reads up to `size` bytes of headers, fewer only at the end.
+
+        Raises:
+            FetchError: `bad_archive`: no header is so large.
+        """
+        if not 0 <= size <= _LARGEST_HEADER_BYTES:
+            raise FetchError("bad_archive", f"a header of the tar claims {size} bytes")
+        stop = min(self._position + size, self._size)
         if stop <= self._position:
             return b""
         if not self._start <= self._position < stop <= self._start + len(self._buffer):
@@ -94,9 +102,17 @@ def index_members(reader: RangeReader) -> dict[str, range]:
     try:
         with tarfile.open(fileobj=reader, mode="r:") as tar:
             return {
-                member.name: range(member.offset_data, member.offset_data + member.size)
-                for member in tar
-                if member.isreg() and not member.issparse()
+                member.name: _data_of(member) for member in tar if member.isreg() and not member.issparse()
             }
-    except tarfile.TarError as error:
+    except _TAR_ERRORS as error:
         raise FetchError("bad_archive", f"not a readable uncompressed tar: {error}") from error
+
+
+# What damaged headers were seen to raise, besides tarfile's own.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError)
+
+
+def _data_of(member: tarfile.TarInfo) -> range:
+    if member.size < 0:  # tarfile would come back to it for ever
+        raise FetchError("bad_archive", f"the tar's member {member.name!r} claims {member.size} bytes")
+    return range(member.offset_data, member.offset_data + member.size)

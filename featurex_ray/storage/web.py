@@ -67,7 +67,8 @@ def web_filesystem(*, named: Collection[str]) -> Any:
 
     async def get_client(**options: Any) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(resolver=_CheckedResolver(named), limit=0)
-        return aiohttp.ClientSession(connector=connector, **options)
+        # Unpacked by itself, a reply of a megabyte could fill the memory.
+        return aiohttp.ClientSession(connector=connector, auto_decompress=False, **options)
 
     return fsspec.filesystem("http", get_client=get_client, skip_instance_cache=True)
 

@@ -1,7 +1,9 @@
 import io
 import mmap
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +171,64 @@ def test_floating_point_fails() -> None:
     data = encoded(Image.new("F", (8, 8)), "TIFF")
     with pytest.raises(DecodeError, match="unsupported_codec: floating-point pixels have no known range"):
         pixels(data)
+
+
+def a_png(depth: int, colour: int, row: bytes, transparent: bytes | None = None) -> bytes:
+    """8x8, every row the same."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, depth, colour, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), *([chunk(b"tRNS", transparent)] if transparent else [])]
+    chunks += [chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def a_tiff(bits: int, photometric: int, data: bytes, sample_format: int = 1) -> bytes:
+    """8x8 gray in one strip."""
+    shorts = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 277: 1, 278: 8, 339: sample_format}
+    entries = {tag: struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in shorts.items()}
+    entries |= {273: struct.pack("<HHII", 273, 4, 1, 8), 279: struct.pack("<HHII", 279, 4, 1, len(data))}
+    directory = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        a_png(16, 0, b"\x12\x34" * 8, b"\x12\x34"),
+        a_png(16, 2, b"\x80\x01" * 24, b"\x80\x01" * 3),
+        a_png(4, 0, b"\x55" * 4, b"\0\x05"),
+        a_png(2, 0, b"\x55" * 2, b"\0\x01"),
+        a_png(1, 0, b"\0", b"\0\0"),
+        a_png(8, 0, b"\x55" * 8, b"\0\x55"),
+    ],
+)
+def test_a_transparent_value_shows_the_ground_whatever_the_depth(data: bytes) -> None:
+    assert (decode_image(data, inputs=[InputSpec(8, 8)]).frames[0] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (a_tiff(12, 1, b"\xff\xff\xff" * 32), 255),
+        (a_tiff(16, 0, bytes(128)), 255),
+        (a_tiff(16, 1, bytes(128)), 0),
+        (a_tiff(8, 0, bytes(64)), 255),
+    ],
+)
+def test_gray_tiffs_have_their_range(data: bytes, value: int) -> None:
+    assert (decode_image(data, inputs=[InputSpec(8, 8)]).frames[0] == value).all()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [a_tiff(32, 1, struct.pack("<I", 255) * 64), a_tiff(16, 1, struct.pack("<h", 32767) * 64, 2)],
+)
+def test_integers_without_a_known_range_fail(data: bytes) -> None:
+    with pytest.raises(DecodeError, match="unsupported_codec: integer pixels beyond 16 bits, or signed"):
+        decode_image(data, inputs=[InputSpec(8, 8)])
 
 
 def test_wide_integers_fail() -> None:
