@@ -77,6 +77,10 @@ class TableDamagedError(RunError):
     """Published or staged objects contradict the table's log."""
 
 
+class ReplacedError(TableDamagedError):
+    """An object was replaced while it was read: whoever reads it again sees the next one whole."""
+
+
 class SampleError(FeaturexError):
     """One sample can't be used; it becomes a row of the failures table.
 

@@ -334,9 +334,10 @@ def _image_table(images: DecodedImages, media: Sequence[Media | None], schema: p
     if not media:
         return schema.empty_table()  # pyarrow can't repeat nested values no times
     fetched = cast(Sequence[Fetched], media)
+    hashes = [_sha256(each.data) for each in fetched]
     columns: dict[str, Any] = {
-        "etag": [each.etag for each in fetched],
-        "media_sha256": [_sha256(each.data) for each in fetched],
+        "etag": [each.etag or hashed for each, hashed in zip(fetched, hashes, strict=True)],
+        "media_sha256": hashes,
         "fetched_bytes": [len(each.data) for each in fetched],
         "width": images.width,
         "height": images.height,
@@ -357,9 +358,10 @@ def _columns_of(media: Media | None, done: Decoded | None) -> dict[str, Any]:
         return {}
     if isinstance(media, SampleError):
         return {"error": error_struct(media)}
+    hashed = _sha256(media.data)
     columns: dict[str, Any] = {
-        "etag": media.etag,
-        "media_sha256": _sha256(media.data),
+        "etag": media.etag or hashed,  # of servers that send none: units of two generations must not mix
+        "media_sha256": hashed,
         "fetched_bytes": len(media.data),
     }
     if done is None:

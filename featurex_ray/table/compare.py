@@ -4,12 +4,13 @@ Up to a million samples are compared in memory. Larger manifests go by parts of 
 temporary files (40 bytes a sample, 32 a planned one), so that manifest and log are each read once.
 """
 
+import hashlib
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -18,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurex_ray.errors import TableDamagedError
+from featurex_ray.errors import ReplacedError, StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, hash_versions
 from featurex_ray.table.log import Log, Plan, open_parquet, open_plan, read_log
-from featurex_ray.table.store import ObjectStore
+from featurex_ray.table.store import ObjectStore, attempts
 
 IN_MEMORY = 1_000_000
 """Manifest rows that are compared without temporary files: about 80 MB while it lasts."""
@@ -213,6 +214,7 @@ class Comparison:
         work: Counts of the states.
         to_do: Rows to do by (dataset, target).
         open_plans: Open plans that name one of the samples, or block it.
+        fingerprints: Of the manifest's batches: who reads it again must find the same rows.
     """
 
     log: Log
@@ -223,6 +225,7 @@ class Comparison:
     work: Work
     to_do: Counter[tuple[str, int]]
     open_plans: list[Plan]
+    fingerprints: Sequence[bytes] = ()
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(state, target, last plan) of the rows [start, stop); -1 where nothing changed."""
@@ -242,16 +245,30 @@ def compare(store: ObjectStore, facts: TableFacts, samples: Samples) -> Comparis
     log = read_log(store, facts)
     datasets: dict[str, int] = {}
     held: list[np.ndarray] = []
-    records = _records(samples(), datasets)
+    fingerprints: list[bytes] = []
+    records = _records(_noted(samples(), fingerprints), datasets)
     for each in records:
         held.append(each)
         if sum(map(len, held)) > IN_MEMORY:
-            return _compare_by_parts(store, facts, log, itertools.chain(held, records), datasets)
+            by_parts = _compare_by_parts(store, facts, log, itertools.chain(held, records), datasets)
+            return replace(by_parts, fingerprints=fingerprints)
     entries = _Entries(store, facts, log, datasets)
     part = _Part(np.concatenate([np.zeros(0, _SAMPLE), *held]))
     entries.read_plans(part.record_planned)
     entries.read_failures(part.record_failed)
-    return _compared(entries, [part], len(part.samples))
+    return replace(_compared(entries, [part], len(part.samples)), fingerprints=fingerprints)
+
+
+def _noted(batches: Iterable[pa.RecordBatch], fingerprints: list[bytes]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        fingerprints.append(fingerprint(batch))
+        yield batch
+
+
+def fingerprint(batch: pa.RecordBatch) -> bytes:
+    """What a batch of manifest rows says of which samples there are, in a few bytes."""
+    names = batch.select(["dataset", "sample_id", "version"])
+    return hashlib.blake2b(names.serialize(), digest_size=16).digest()
 
 
 def _compare_by_parts(
@@ -306,13 +323,23 @@ class _Entries:
         """Gives each failed row."""
         for dataset in self.datasets:
             for number in self.log.failures.get(dataset, ()):
-                key = self._facts.keys.failure_object(dataset, number)
-                entry = self._place[dataset, number]
+                if (dataset, number) in self._place:  # others are of plans made since the log was listed
+                    self._read_failure_object(dataset, number, sink)
+
+    def _read_failure_object(self, dataset: str, number: int, sink: Sink) -> None:
+        key = self._facts.keys.failure_object(dataset, number)
+        for _ in attempts():
+            try:
                 with open_parquet(self._store, key) as (file, _):
                     for batch in file.iter_batches(columns=["sample_id"]):
                         failed = np.zeros(batch.num_rows, _PLANNED)
-                        failed["id"], failed["entry"] = hash_ids(dataset, batch["sample_id"]), entry
-                        sink(failed)
+                        failed["id"] = hash_ids(dataset, batch["sample_id"])
+                        failed["entry"] = self._place[dataset, number]
+                        sink(failed)  # rows that come twice change nothing
+                return
+            except ReplacedError:
+                continue
+        raise StoreUnavailableError(f"{self._store.uri}/{key} was replaced each time that it was read")
 
     def _state(self, plan: Plan) -> State:
         if (plan.dataset, plan.number) not in self.log.done:

@@ -4,6 +4,7 @@ Invariant: creating entry n proves that all earlier entries of its dataset were 
 share no sample and no target. All else follows from that.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -13,8 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurex_ray.errors import ManifestError
-from featurex_ray.table.compare import OWN_TARGET, TO_DO, Comparison, Samples, State, compare
+from featurex_ray.errors import ManifestError, RunError
+from featurex_ray.table.compare import (
+    OWN_TARGET,
+    TO_DO,
+    Comparison,
+    Samples,
+    State,
+    compare,
+    fingerprint,
+)
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, hash_samples
 from featurex_ray.table.log import Kind, Log, Plan, encode_plan, open_plan
@@ -55,6 +64,7 @@ def make_plans(
 
     Raises:
         ManifestError: A sample occurs twice.
+        RunError: The manifest changed meanwhile.
     """
     seen = compare(store, facts, samples)
     planner = Planner(store, facts, seen.log, run_id=run_id, mattering=seen.open_plans)
@@ -122,7 +132,10 @@ def _rows_to_do(
     facts: TableFacts, seen: Comparison, samples: Samples
 ) -> Iterator[tuple[tuple[str, int], pa.RecordBatch]]:
     start = 0
-    for batch in samples():
+    batches = itertools.zip_longest(samples(), seen.fingerprints)
+    for batch, before in batches:
+        if batch is None or fingerprint(batch) != before:
+            raise RunError("the manifest changed while it was read; run again")
         state, target, last_plan = seen.rows(start, start + batch.num_rows)
         start += batch.num_rows
         failed_in = np.where(state == State.REVISED, last_plan, -1)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurex_ray import schemas
-from featurex_ray.errors import StoreUnavailableError, TableDamagedError
+from featurex_ray.errors import ReplacedError, StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.log import Plan, open_parquet, read_plan
 from featurex_ray.table.probe import require_multipart
@@ -83,12 +83,13 @@ def publish(store: ObjectStore, facts: TableFacts, plan: Plan) -> Published:
         return done
     try:
         for _ in attempts():
-            with _open_target(store, facts, plan) as target:
-                if target is None or target.last_plan < plan.number:
-                    _write(store, facts, plan, target)
-            done = finish(store, facts, plan)
-            if done:
-                return done
+            with contextlib.suppress(ReplacedError):  # by another run: begin again with what is there now
+                with _open_target(store, facts, plan) as target:
+                    if target is None or target.last_plan < plan.number:
+                        _write(store, facts, plan, target)
+                done = finish(store, facts, plan)
+                if done:
+                    return done
     except (FileNotFoundError, TableDamagedError) as error:
         done = read_done(store, facts, plan)  # who misses a part checks `done` first
         if done:
@@ -125,7 +126,12 @@ def _write(store: ObjectStore, facts: TableFacts, plan: Plan, base: _Target | No
     if base is None and plan.kind != "new":
         raise TableDamagedError(f"{store.uri}/{key} is missing, but plan {plan.plan_id} is to change it")
     with store.scratch() as folder:
-        body = merge(store, facts, plan, base, folder)
+        try:
+            body = merge(store, facts, plan, base, folder)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):  # a part is gone: the plan may be done
+                raise
+            raise StoreUnavailableError(f"can't merge plan {plan.plan_id} in {folder}: {error}") from error
         if body.stat().st_size > store.single_put_bytes:
             require_multipart(store)
         if base is None:
@@ -414,8 +420,11 @@ def _encode(rows: pa.Table) -> bytes:
 def _remove_failures(store: ObjectStore, key: str, ids: pa.Array) -> None:
     """Takes samples out of an older failure object, which only ever shrinks."""
     for _ in attempts():
-        with open_parquet(store, key) as (file, etag):
-            rows = file.read()
+        try:
+            with open_parquet(store, key) as (file, etag):
+                rows = file.read()
+        except ReplacedError:
+            continue
         left = rows.filter(pc.invert(pc.is_in(rows["sample_id"], ids)))
         if left.num_rows == rows.num_rows:
             return

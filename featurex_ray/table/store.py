@@ -41,6 +41,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as S3ConnectionError
 
 from featurex_ray.errors import (
+    ReplacedError,
     RequestError,
     RunError,
     StoreRefusedError,
@@ -531,7 +532,7 @@ class S3Store(_Observed):
         """Bytes [start, stop) of one generation of an object.
 
         Raises:
-            TableDamagedError: The object was replaced in the meantime.
+            ReplacedError: The object was replaced in the meantime.
         """
 
         def get(s3: Any) -> bytes:
@@ -541,7 +542,7 @@ class S3Store(_Observed):
         try:
             return self._retried("range", key, get)
         except UnsettledWriteError as error:
-            raise TableDamagedError(f"{self.uri}/{key} was replaced while it was read; run again") from error
+            raise ReplacedError(f"{self.uri}/{key} was replaced while it was read; run again") from error
 
     def head(self, key: str) -> str | None:
         """An object's ETag, or None."""

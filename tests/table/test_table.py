@@ -1,21 +1,28 @@
+import errno
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from featurex_ray.errors import (
     ManifestError,
+    ReplacedError,
     RequestError,
     RevisionMismatchError,
+    RunError,
+    StoreUnavailableError,
     TableDamagedError,
     TableNotFoundError,
 )
-from featurex_ray.table import FeatureTable, open_store
+from featurex_ray.table import FeatureTable, open_store, publish
 from featurex_ray.table.compare import State
+from featurex_ray.table.publish import merge
 from featurex_ray.table.store import ObjectStore
 from featurex_ray.table.verify import verify
 from tests.table.conftest import FACTS, World, content, observed, public_etags, run, stage
@@ -95,6 +102,61 @@ def test_compare_counts_and_writes_nothing(local_table: FeatureTable) -> None:
     }
     assert (work.new, work.changed, work.open, work.done, work.failed) == (1, 6, 2, 0, 0)
     assert FeatureTable.preview(local_table.store, "other", World().samples).new == 12
+
+
+@pytest.mark.parametrize("change", ["order", "appended", "cut"])
+def test_a_manifest_that_changes_while_it_is_planned_plans_no_wrong_row(
+    local_table: FeatureTable, change: str
+) -> None:
+    """Rows are compared in one reading and planned in the next."""
+    run(local_table, World(10))
+    first = pa.Table.from_batches(World(11).samples()).sort_by("sample_id")
+    second = {
+        "order": first.sort_by([("sample_id", "descending")]),
+        "appended": pa.concat_tables([first, first.slice(0, 1)]),
+        "cut": first.slice(0, 4),
+    }[change]
+    readings = iter([first, second])
+    with pytest.raises(RunError, match="the manifest changed while it was read"):
+        local_table.plan(lambda: next(readings).combine_chunks().to_batches(), run_id="r")
+    assert list(local_table.open_plans()) == []
+    run(local_table, World(11))
+    assert content(local_table) == World(11).expected()
+
+
+def test_who_reads_an_object_that_is_replaced_begins_again(
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(4)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    stage(local_table, plan, world)
+    times = []
+
+    def replaced_once(*arguments: Any) -> Path:
+        times.append(1)
+        if len(times) == 1:
+            raise ReplacedError("it was replaced while it was read")
+        return merge(*arguments)
+
+    monkeypatch.setattr(publish, "merge", replaced_once)
+    local_table.publish(plan)
+    assert (len(times), content(local_table)) == (2, world.expected())
+
+
+def test_a_full_disk_is_not_called_a_damaged_table(
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(local_table, World(4, version="1"))
+    world = World(4, version="2")
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    stage(local_table, plan, world)
+
+    def full(*_: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(publish, "merge", full)
+    with pytest.raises(StoreUnavailableError, match="No space left on device"):
+        local_table.publish(plan)
 
 
 def test_samples_of_open_targets_wait(local_table: FeatureTable) -> None:
