@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -16,7 +16,8 @@ from featurex_ray.table.read import TableReader
 
 NEIGHBOURS = 5
 FOLDS = 5
-_SIMILARITIES_AT_ONCE = 1 << 26
+_SIMILARITIES_AT_ONCE = 1 << 23
+"""About 200 MB, with their order and what follows from it."""
 _PROBE_ITERATIONS = 2000
 
 
@@ -64,11 +65,23 @@ class LabelledFeatures:
         features: (N, D) float32.
         labels: (N,) strings.
         datasets: (N,) strings.
+        samples: (N,) integers, equal for clips of one sample; None where each clip is its own.
     """
 
     features: np.ndarray
     labels: np.ndarray
     datasets: np.ndarray
+    samples: np.ndarray | None = None
+
+    @property
+    def groups(self) -> np.ndarray:
+        """(N,) integers: of which sample each clip is; its own other clips prove nothing of features."""
+        return np.arange(len(self.labels)) if self.samples is None else self.samples
+
+    def take(self, rows: np.ndarray) -> "LabelledFeatures":
+        """Some of the clips, by their places or a mask."""
+        samples = None if self.samples is None else self.samples[rows]
+        return LabelledFeatures(self.features[rows], self.labels[rows], self.datasets[rows], samples)
 
     def of(self, dataset: str) -> "LabelledFeatures":
         """Those of one dataset.
@@ -80,7 +93,7 @@ class LabelledFeatures:
         if not chosen.any():
             known = ", ".join(sorted(set(self.datasets.tolist())))
             raise RequestError(f"the table has no labelled clips in dataset {dataset!r}; there are {known}")
-        return LabelledFeatures(self.features[chosen], self.labels[chosen], self.datasets[chosen])
+        return self.take(chosen)
 
 
 def read_labelled(table: TableReader, *, labels: str = "label") -> LabelledFeatures:
@@ -98,14 +111,18 @@ def read_labelled(table: TableReader, *, labels: str = "label") -> LabelledFeatu
             f"the table has no column {labels!r}: extract from a manifest with a label column, "
             "or name another one that was kept with --keep-columns"
         )
-    rows = table.to_arrow(["dataset", "feature", labels])
+    if labels == "dataset":
+        raise RequestError("--labels dataset: that is where clips lie, not what they show")
+    rows = table.to_arrow(["dataset", "sample_id", "feature", labels])
     rows = rows.filter(pc.is_valid(rows[labels]))
     names = np.array(rows[labels].cast(pa.string()).to_pylist(), dtype=str)
     if len(set(names.tolist())) < 2:
         raise RequestError(f"column {labels!r} must tell at least two classes apart")
     flat = pc.list_flatten(rows["feature"]).to_numpy().astype(np.float32)
     datasets = np.array(rows["dataset"].cast(pa.string()).to_pylist(), dtype=str)
-    return LabelledFeatures(flat.reshape(len(names), -1), names, datasets)
+    samples = rows.select(["dataset", "sample_id"]).to_pylist()
+    _, groups = np.unique([f"{row['dataset']}/{row['sample_id']}" for row in samples], return_inverse=True)
+    return LabelledFeatures(flat.reshape(len(names), -1), names, datasets, groups)
 
 
 def evaluate(found: LabelledFeatures, *, train: str | None = None, test: str | None = None) -> Evaluation:
@@ -115,21 +132,26 @@ def evaluate(found: LabelledFeatures, *, train: str | None = None, test: str | N
         found: All labelled features of a table.
         train: The dataset to learn from and to look for neighbours in.
         test: The dataset to ask about. With neither, each clip is asked about once: the probe
-            learns in five stratified folds, and neighbours are all other clips.
+            learns in five stratified folds, and neighbours are all clips of other samples.
 
     Raises:
         RequestError: Only one of the two is given, or there is too little to measure.
     """
     if (train is None) != (test is None):
         raise RequestError("give both --train-dataset and --test-dataset, or neither")
+    if train is not None and train == test:
+        raise RequestError("--train-dataset and --test-dataset are the same: each clip would find itself")
     if train is not None and test is not None:
         known, asked = found.of(train), found.of(test)
+        if len(set(known.labels.tolist())) < 2:
+            raise RequestError(f"dataset {train!r} has one label only: there is nothing to tell apart")
         probe = _probe(known).score(asked.features, asked.labels)
         return _evaluation(known, asked, float(probe))
-    least = min(np.unique(found.labels, return_counts=True)[1])
-    if least < FOLDS:
+    _, first_clips = np.unique(found.groups, return_index=True)
+    least = min(np.unique(found.labels[first_clips], return_counts=True)[1])
+    if least < FOLDS or len(set(found.labels[first_clips].tolist())) < len(set(found.labels.tolist())):
         raise RequestError(
-            f"a class has {least} clips, and {FOLDS} folds need {FOLDS}: "
+            f"a class has {least} samples, and {FOLDS} folds need {FOLDS}: "
             "give --train-dataset and --test-dataset"
         )
     return _evaluation(found, found, _cross_validated(found))
@@ -150,23 +172,26 @@ def retrieve(asked: LabelledFeatures, known: LabelledFeatures | None) -> Retriev
 
     Args:
         asked: Q queries.
-        known: N clips to rank; None for all other queries.
+        known: N clips to rank; None for all queries of other samples.
     """
     among = known or asked
     unit, gallery = _unit(asked.features), _unit(among.features)
+    # Numbers for labels: of strings, a copy for each similarity would take ten times the memory.
+    _, targets = np.unique(np.concatenate([among.labels, asked.labels]), return_inverse=True)
+    classes, truths = np.split(targets.astype(np.int32), [len(among.labels)])
     at_once = max(_SIMILARITIES_AT_ONCE // len(gallery), 1)
     sums = np.zeros(4)
     for first in range(0, len(unit), at_once):
         similarity = unit[first : first + at_once] @ gallery.T
-        if known is None:  # nothing is its own neighbour
-            own = np.arange(len(similarity))
-            similarity[own, first + own] = -np.inf
+        if known is None:  # nothing is its own neighbour, nor are two windows of one video
+            own = asked.groups[first : first + len(similarity)]
+            similarity[own[:, None] == asked.groups] = -np.inf
         order = np.argsort(-similarity, axis=1, kind="stable")
-        order = order[:, : order.shape[1] - (known is None)]
-        truth = asked.labels[first : first + len(order)]
-        relevant = among.labels[order] == truth[:, None]
+        truth = truths[first : first + len(order)]
+        relevant = classes[order] == truth[:, None]
+        relevant &= np.take_along_axis(similarity, order, axis=1) > -np.inf
         nearest = order[:, :NEIGHBOURS]
-        voted = _majority(among.labels[nearest], np.take_along_axis(similarity, nearest, axis=1))
+        voted = _majority(classes[nearest], np.take_along_axis(similarity, nearest, axis=1))
         sums += [
             (voted == truth).sum(),
             relevant[:, 0].sum(),
@@ -208,10 +233,12 @@ def _probe(known: LabelledFeatures) -> Any:
 
 
 def _cross_validated(found: LabelledFeatures) -> float:
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    has_several = len(np.unique(found.groups)) < len(found.groups)
+    kind, groups = (StratifiedGroupKFold, found.groups) if has_several else (StratifiedKFold, None)
+    folds = kind(FOLDS, shuffle=True, random_state=0)
     right = 0
-    for rows, held in folds.split(found.features, found.labels):
-        fitted = _probe(LabelledFeatures(found.features[rows], found.labels[rows], found.datasets[rows]))
+    for rows, held in folds.split(found.features, found.labels, groups):
+        fitted = _probe(found.take(rows))
         right += int((fitted.predict(found.features[held]) == found.labels[held]).sum())
     return right / len(found.labels)
 
@@ -222,8 +249,9 @@ def _majority(labels: np.ndarray, similarity: np.ndarray) -> np.ndarray:
     votes = np.zeros((len(labels), len(classes)))
     rows = np.arange(len(labels))
     for rank, column in enumerate(targets.reshape(labels.shape).T):
-        # Similarity is at most 1, so that K of them never outweigh a vote.
-        votes[rows, column] += 1 + similarity[:, rank] / (4 * NEIGHBOURS)
+        # Similarity is at most 1, so that K of them never outweigh a vote; one that may not be has none.
+        near = similarity[:, rank]
+        votes[rows, column] += np.where(near > -np.inf, 1 + near / (4 * NEIGHBOURS), 0.0)
     winners: np.ndarray = classes[votes.argmax(axis=1)]
     return winners
 

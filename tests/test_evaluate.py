@@ -72,13 +72,31 @@ def test_train_and_test_datasets_are_kept_apart() -> None:
 
 
 def test_too_few_clips_for_folds_fail() -> None:
-    with pytest.raises(RequestError, match="a class has 2 clips"):
+    with pytest.raises(RequestError, match="a class has 2 samples"):
         evaluate(clusters(10, spread=1.0))
 
 
 def test_no_clip_is_its_own_neighbour() -> None:
     pair = LabelledFeatures(np.eye(2, 4, dtype=np.float32), np.array(["a", "b"]), np.array(["d", "d"]))
     assert retrieve(pair, None).recall_at_1 == 0
+
+
+def test_clips_of_one_sample_are_not_each_others_neighbours() -> None:
+    """Noise, but ten clips of each sample are all but equal: only who looks at those finds anything."""
+    rng = np.random.default_rng(0)
+    samples = np.repeat(np.arange(60), 10)
+    features = rng.standard_normal((60, 16))[samples] + 0.001 * rng.standard_normal((600, 16))
+    labels = np.array([f"class {sample % 3}" for sample in samples])
+    alone = LabelledFeatures(features.astype(np.float32), labels, np.full(600, "d"))
+    assert evaluate(alone).recall_at_1 == 1.0
+    found = evaluate(LabelledFeatures(alone.features, labels, alone.datasets, samples))
+    assert max(found.recall_at_1, found.knn, found.linear_probe) < 0.6
+
+
+def test_a_dataset_is_not_measured_against_itself() -> None:
+    table = together(clusters(50, spread=1.0, dataset="a"), clusters(20, spread=1.0, seed=3, dataset="b"))
+    with pytest.raises(RequestError, match="the same"):
+        evaluate(table, train="a", test="a")
 
 
 @pytest.mark.usefixtures("local_ray")

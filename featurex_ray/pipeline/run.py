@@ -51,7 +51,7 @@ from featurex_ray.pipeline.publish import PUBLISHING_THREADS, PublishPlans
 from featurex_ray.pipeline.report import RunReport, TableReport, failures_by_code, versions
 from featurex_ray.pipeline.source import Assignment, assignments_of, slices_of
 from featurex_ray.pipeline.threads import threads_of
-from featurex_ray.storage import ReadPolicy, redact
+from featurex_ray.storage import ReadPolicy, redact, without_secrets
 from featurex_ray.table.facts import TableFacts, read_facts
 from featurex_ray.table.log import Plan
 from featurex_ray.table.probe import probe_store
@@ -355,7 +355,7 @@ def _new_report(request: Request, tables: Sequence[FeatureTable]) -> RunReport:
     ]
     return RunReport(
         run_id=new_run_id(),
-        job=_without_secrets(dataclasses.asdict(request.job)),
+        job=without_secrets(dataclasses.asdict(request.job)),
         tables=reports,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
@@ -488,17 +488,6 @@ def _some_samples(tables: Sequence[FeatureTable], assignments: Sequence[Assignme
         for index, plan in chosen
     ]
     return pa.concat_tables(parts).combine_chunks().to_batches()[0]
-
-
-def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """A job's values for its report: URIs without credentials and signatures."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, str):
-            return redact(value)
-        return [plain(each) for each in value] if isinstance(value, list | tuple) else value
-
-    return {name: plain(value) for name, value in values.items()}
 
 
 def _decode_settings(

@@ -9,7 +9,7 @@ from featurex_ray.storage.fetch import Fetched, Fetcher
 from featurex_ray.storage.filesystems import Filesystem, filesystem
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.tar import TarIndex
-from featurex_ray.storage.uri import Location, parse, redact, resolve
+from featurex_ray.storage.uri import Location, parse, redact, resolve, without_secrets
 
 __all__ = [
     "Fetched",
@@ -22,4 +22,5 @@ __all__ = [
     "parse",
     "redact",
     "resolve",
+    "without_secrets",
 ]

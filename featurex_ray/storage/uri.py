@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from featurex_ray.errors import RefusedUriError
 
@@ -95,6 +97,17 @@ def redact(uri: str) -> str:
         host = "***@" + host.rpartition("@")[2]
     path = re.sub(r"\?.*", "?***", path) if scheme.lower() in WEB else _SECRET_QUERY.sub("?***", path)
     return f"{scheme}://{host}{slash}{path}"
+
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's values for what is kept of it: URIs without credentials and signatures."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return redact(value)
+        return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+    return {name: plain(value) for name, value in values.items()}
 
 
 def has_parent_segment(location: Location) -> bool:

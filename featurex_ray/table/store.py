@@ -46,7 +46,6 @@ from featurex_ray.errors import (
     RunError,
     StoreRefusedError,
     StoreUnavailableError,
-    TableDamagedError,
 )
 
 PRIVATE = "_featurex/"

@@ -13,7 +13,7 @@ import ray
 import ray.train
 from ray.util.queue import Queue
 
-from featurex_ray.errors import RequestError, RunError
+from featurex_ray.errors import RequestError, RunError, WeightsError
 from featurex_ray.job import Decoder
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.sampling import Sampling
@@ -24,7 +24,7 @@ from featurex_ray.pipeline.decode import DecodeSettings
 from featurex_ray.pipeline.execute import configure, first_line
 from featurex_ray.pipeline.report import versions
 from featurex_ray.pipeline.run import ray_as_found
-from featurex_ray.storage import ReadPolicy
+from featurex_ray.storage import ReadPolicy, redact, without_secrets
 from featurex_ray.training.augment import Augmentation
 from featurex_ray.training.data import decoded_dataset, outcome
 from featurex_ray.training.job import TrainingJob
@@ -113,6 +113,11 @@ def prepare(job: TrainingJob) -> Training:
     Augmentation.parse(job.augment)
     weights = NO_WEIGHTS if job.mode == "scratch" else job.weights
     resolved = resolve(job.extractor_text, weights=weights)
+    brings_its_own = ":" in resolved.spec.name and job.mode == "finetune"
+    if job.mode != "scratch" and resolved.weights is None and not brings_its_own:
+        raise WeightsError(
+            f"--mode {job.mode} starts from weights, and {resolved.spec.text} has none: give --weights"
+        )
     train, validation = _samples(job)
     spec = resolved.spec
     sampling = Sampling.parse(job.sampling or spec.default_sampling)
@@ -154,7 +159,13 @@ def _claim(training: Training) -> None:
     """
     job, output = training.job, training.output
     wanted = {k: v for k, v in dataclasses.asdict(job).items() if k not in _MAY_CHANGE}
-    wanted = json.loads(json.dumps(wanted | {"samples_sha256": training.train.sha256()}))
+    wanted = without_secrets(wanted) | {"samples_sha256": training.train.sha256()}
+    # What lies at a URI can be another thing by now: a resumed training would mix the two.
+    if training.validation is not None:
+        wanted["validation_sha256"] = training.validation.sha256()
+    if training.resolved.weights is not None:
+        wanted["weights_sha256"] = training.resolved.weights.sha256
+    wanted = json.loads(json.dumps(wanted))
     before = output.read(JOB)
     if before is None:
         output.write(JOB, json.dumps(wanted, indent=1).encode())
@@ -350,13 +361,13 @@ def make_card(training: Training, history: list[dict[str, Any]], sha256: str) ->
     job, spec = training.job, training.resolved.spec
     facts = spec.to_json()
     data: dict[str, Any] = {
-        "manifest": job.manifest,
+        "manifest": redact(job.manifest),
         "num_samples": len(training.train.samples),
         "sha256": training.train.sha256(),
     }
     if training.validation is not None:
         data |= {
-            "validation": job.validation or f"a share of {job.validation_share} of it",
+            "validation": redact(job.validation or f"a share of {job.validation_share} of it"),
             "num_validation_samples": len(training.validation.samples),
             "validation_sha256": training.validation.sha256(),
         }
@@ -373,7 +384,9 @@ def make_card(training: Training, history: list[dict[str, Any]], sha256: str) ->
         },
         "data": data,
         "started_from": facts["weights"],
-        "recipe": {k: v for k, v in dataclasses.asdict(job).items() if k not in (*_MAY_CHANGE, "output")},
+        "recipe": without_secrets(
+            {k: v for k, v in dataclasses.asdict(job).items() if k not in (*_MAY_CHANGE, "output")}
+        ),
         "metrics": history[-1] if history else {},
         "versions": versions(),
         "sha256": sha256,

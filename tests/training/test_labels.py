@@ -30,6 +30,13 @@ def test_classes_are_sorted_numbers_by_value(tmp_path: Path) -> None:
     assert found.targets.tolist() == [2, 1, 2, 0]
 
 
+@pytest.mark.parametrize("labels", [[1.0, 0.5, 1.0], [True, False, True]])
+def test_labels_of_any_kind_have_their_places(tmp_path: Path, labels: list[object]) -> None:
+    found = read_labelled(manifest(tmp_path, labels))
+    assert found.targets.tolist() == [1, 0, 1]
+    assert len(found.classes) == 2
+
+
 def test_the_hash_changes_with_a_label(tmp_path: Path) -> None:
     first, same, other = (
         read_labelled(manifest(tmp_path, labels)).sha256() for labels in (["a", "b"], ["a", "b"], ["b", "a"])

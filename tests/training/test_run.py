@@ -1,5 +1,6 @@
 """Whole trainings on a real Ray: what they leave behind, going on after a kill, and what they refuse."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,11 +19,11 @@ import pytest
 import safetensors.numpy
 
 import featurex_ray as fx
-from featurex_ray.errors import RequestError, RunError
+from featurex_ray.errors import RequestError, RunError, WeightsError
 from featurex_ray.models.registry import resolve
 from featurex_ray.models.weights import read_card
 from featurex_ray.training.job import TrainingJob
-from featurex_ray.training.run import prepare, train
+from featurex_ray.training.run import _claim, make_card, prepare, train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -180,3 +181,32 @@ def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_good_weights(
 def test_too_many_failures_fail(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"1 of \d+ samples can't be used \(truncated 1\)"):
         train(job(pictures, tmp_path / "out", max_failure_rate=0.0, validation_share=0.0))
+
+
+@pytest.mark.parametrize("mode", ["finetune", "head-only"])
+def test_a_mode_that_starts_from_weights_needs_some(pictures: Path, tmp_path: Path, mode: str) -> None:
+    with pytest.raises(WeightsError, match=f"--mode {mode} starts from weights, and .* has none"):
+        train(job(pictures, tmp_path / "out", extractor="attention_convnet,attention=no", mode=mode))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_training_keeps_of_its_job_holds_no_secrets_and_says_what_lay_there(
+    pictures: Path, tmp_path: Path
+) -> None:
+    made = prepare(job(pictures, tmp_path / "out", mode="finetune"))
+    signed = dataclasses.replace(
+        made, job=dataclasses.replace(made.job, weights="https://host/w.safetensors?token=SECRET")
+    )
+    _claim(signed)
+    kept = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert "SECRET" not in json.dumps(kept) + json.dumps(make_card(signed, [], "0"))
+    assert made.resolved.weights is not None
+    assert kept["weights_sha256"] == made.resolved.weights.sha256
+    others = dataclasses.replace(made.resolved.weights, sha256="f" * 64)
+    retrained = dataclasses.replace(
+        signed,
+        job=dataclasses.replace(signed.job, resume=True),
+        resolved=dataclasses.replace(made.resolved, weights=others),
+    )
+    with pytest.raises(RequestError, match="a training with another weights_sha256"):
+        _claim(retrained)
