@@ -136,6 +136,10 @@ class TestFormats:
         _, rows = read(put(f"{tmp_path}/m[1]*.csv", csv_bytes(ROWS)))
         assert len(rows) == 3
 
+    def test_a_folder_whose_name_looks_like_a_glob(self, root: str) -> None:
+        put(f"{root}/set[1]/m.csv", csv_bytes(ROWS))
+        assert len(read(f"{root}/set[1]")[1]) == 3
+
     def test_batches_can_be_read_again(self, tmp_path: Path) -> None:
         manifest, _ = read(put(f"{tmp_path}/m.csv", csv_bytes(ROWS)))
         assert list(manifest.batches()) == list(manifest.batches())

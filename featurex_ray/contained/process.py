@@ -85,6 +85,9 @@ class ContainedProcess:
         self._inbox_file, self._inbox = _shared_memory(INBOX_BYTES)
         self._outbox_file, self._outbox = _shared_memory(HEADER_BYTES + outbox_bytes)
         self._readable_inbox = _read_only(self._inbox_file)
+        # The memory lives as long as its descriptors do.
+        files = (self._inbox_file, self._outbox_file, self._readable_inbox)
+        weakref.finalize(self, _close_all, files)
         self._template: _Template | None = None
         self._child: _Child | None = None
         self._peak_bytes = 0
@@ -277,6 +280,11 @@ def _let_go(control: socket.socket, process: "subprocess.Popen[bytes]") -> None:
     control.close()
     process.kill()
     process.wait()
+
+
+def _close_all(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _shared_memory(num_bytes: int) -> tuple[int, mmap.mmap]:

@@ -88,9 +88,10 @@ def find_files(uri: str) -> list[ManifestFile]:
     """
     with explained(uri):
         store, path = filesystem(uri)
-        if is_file(store, path):
+        kind = _kind(store, path)
+        if kind == "file":
             return [ManifestFile.of(str(parse(uri)))]
-        if any(mark in path for mark in "*?["):
+        if kind is None and any(mark in path for mark in "*?["):  # else a name that holds one
             found = [name for name in store.glob(path) if format_of(name)]
         else:
             found = [name for name in store.find(path) if format_of(name) and _is_shown(name, path)]
@@ -101,10 +102,15 @@ def find_files(uri: str) -> list[ManifestFile]:
 
 def is_file(store: Filesystem, path: str) -> bool:
     """Whether a file lies there; unlike fsspec's own, it does not take an outage for a no."""
+    return _kind(store, path) == "file"
+
+
+def _kind(store: Filesystem, path: str) -> str | None:
+    """`file` or `directory`; None where nothing lies there."""
     try:
-        return bool(store.info(path)["type"] == "file")
+        return str(store.info(path)["type"])
     except FileNotFoundError:
-        return False
+        return None
 
 
 @contextmanager

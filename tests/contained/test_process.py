@@ -1,5 +1,6 @@
 """What a contained child can do, which is nothing but compute; and what happens when it ends."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -39,6 +40,17 @@ def answers(process: ContainedProcess, *items: object, data: bytes = b"") -> lis
 def canary(tmp_path: Path) -> Path:
     (tmp_path / "canary").write_text("never read")
     return tmp_path / "canary"
+
+
+def test_what_it_holds_goes_with_it() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        made = contained(item_seconds=30)
+        assert answers(made, "data:", data=b"12345678")
+        made.close()
+    del made
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
 
 
 def test_bytes_go_in_and_results_come_out(process: ContainedProcess) -> None:
