@@ -514,6 +514,7 @@ def benchmark(
     def say(line: str) -> None:
         click.echo(line, err=True)
 
+    _refuse_no_folder(path, plot)
     peers = PEERS if compare == "all" else [compare] if compare else []
     settings = measure.Settings(media=media or str(MEDIA / "images"), compare=peers, **options)
     if axis:
@@ -674,6 +675,13 @@ def query(table: str, sql: str, form: str) -> None:
         print_rows(result.to_pylist())
 
 
+def _refuse_no_folder(*files: str | None) -> None:
+    """Before work whose results would have nowhere to go."""
+    for file in files:
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise RequestError(f"there is no folder {str(Path(file).absolute().parent)!r} for {file!r}")
+
+
 def _csv_cell(value: Any) -> Any:
     """Lists and structs as JSON, whole, whatever their length."""
     return json.dumps(value, default=str) if isinstance(value, list | dict) else value
@@ -745,6 +753,7 @@ def attend(
 
     if (image is None) == (video is None):
         raise RequestError("give either --image FILE or --video FILE")
+    _refuse_no_folder(output)
     resolved = resolve(extractor, weights=weights)
     seen = attend_image(resolved, image) if image else attend_video(resolved, str(video), sampling=sampling)
     Path(output).write_bytes(draw(seen))

@@ -42,3 +42,15 @@ def test_progress_goes_on_in_a_second_round() -> None:
     lines.advance(samples=1, clips=1, failed=0)
     assert lines._counts.line().startswith("11/14 samples")
     assert (lines._counts.seconds_left or 0) > 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "attend --image a.jpg --extractor attention_convnet --output nowhere/a.png",
+        "benchmark --no-ray --json nowhere/f.json",
+    ],
+)
+def test_results_that_have_nowhere_to_go_are_refused_before_the_work(command: str) -> None:
+    done = CliRunner().invoke(cli, command.split())
+    assert (done.exit_code, "there is no folder" in done.output) == (2, True)

@@ -1,7 +1,8 @@
 """The nightly job: a range of days, each with its manifest, merged so that the latest day wins.
 
 Every day is idempotent, and days are too: a sample that was planned from a later day is no work for
-an earlier one, so overlapping ranges, in any order, come to the same table.
+an earlier one, so overlapping ranges, in any order, come to the same table. That takes versions that tell
+generations apart: of one that comes back, or of none, the day that was planned first stays.
 """
 
 import re

@@ -35,7 +35,9 @@ class _Look(ExecutionCallback):
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
         self._last = 0.0
-        self._first = time.monotonic()
+        # A run can have several executions: time goes on, and what they spilled adds up.
+        self._first = time.monotonic() - (watched.occupancy.seconds or [0.0])[-1]
+        self._spilled_before = watched.spilled_bytes
 
     def on_execution_step(self, executor: Any) -> None:
         """Look, if it is time."""
@@ -51,7 +53,7 @@ class _Look(ExecutionCallback):
     def _look(self, executor: Any) -> None:
         stages = _stages(executor)
         used = int(executor._resource_manager.get_global_usage().object_store_memory or 0)
-        spilled = sum(op.metrics.obj_store_mem_spilled for op in executor._topology)
+        spilled = sum(op.metrics.obj_store_mem_spilled for op in executor._topology) + self._spilled_before
         seconds = time.monotonic() - self._first
         self._watched.see(stages, seconds=seconds, object_store_bytes=used, spilled_bytes=spilled)
         for name, stage in stages.items():

@@ -121,12 +121,19 @@ def agree(store: ObjectStore, facts: TableFacts) -> TableFacts:
             "Name another --table"
         )
     for item in facts.carried:
-        if item.name not in held.carried.names or held.carried.field(item.name).type != item.type:
+        if item.name not in held.carried.names or not _holds(held.carried.field(item.name).type, item.type):
             raise RequestError(
                 f"{store.uri}/{facts.name} was created without the carried column {item.name}: {item.type}; "
                 f"it carries ({', '.join(f'{have.name}: {have.type}' for have in held.carried)})"
             )
     return held
+
+
+def _holds(held: pa.DataType, new: pa.DataType) -> bool:
+    """Whether a column takes values of another type: text takes the numbers that a night of CSV may hold."""
+    if pa.types.is_string(held):
+        return not pa.types.is_nested(new)
+    return bool(held == new) or (held == pa.float64() and new == pa.int64())
 
 
 def _refuse_foreign_objects(store: ObjectStore, facts: TableFacts) -> None:

@@ -1,10 +1,12 @@
 """What bounds a run: the last stage whose workers are all busy while work waits."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from featurex_ray.pipeline.bounds import MOST_LOOKS, Occupancy, StageState, Watched, bound_of, shares
+from featurex_ray.pipeline.watch import _Look
 
 
 def idle() -> StageState:
@@ -80,3 +82,19 @@ def test_occupancy_of_a_long_run_thins_out_and_still_spans_it() -> None:
     assert occupancy.busy["extract"][0] == 0
     assert occupancy.busy["extract"][-1] == 2
     assert occupancy.samples == [3 * second for second in occupancy.seconds]
+
+
+def test_a_second_execution_of_a_run_goes_on_in_time_and_adds_what_it_spills() -> None:
+    class Operator:
+        name = "x"
+        metrics = SimpleNamespace(obj_store_mem_spilled=5)
+
+    usage = SimpleNamespace(get_global_usage=lambda: SimpleNamespace(object_store_memory=0))
+    executor = SimpleNamespace(_topology={Operator(): None}, _resource_manager=usage)
+    watched = Watched()
+    for _ in range(2):
+        look = _Look(watched)
+        look._first -= 10
+        look._look(executor)
+    assert watched.occupancy.seconds == [10.0, 20.0]
+    assert watched.spilled_bytes == 10

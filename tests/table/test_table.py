@@ -277,9 +277,21 @@ def test_another_revision_fails(table: FeatureTable) -> None:
 
 
 def test_other_carried_columns_fails(table: FeatureTable) -> None:
-    other = replace(FACTS, carried=pa.schema([("label", pa.int64())]))
-    with pytest.raises(RequestError, match="without the carried column label: int64"):
+    other = replace(FACTS, carried=pa.schema([("label", pa.list_(pa.string()))]))
+    with pytest.raises(RequestError, match="without the carried column label: list"):
         FeatureTable.open_or_create(table.store, other)
+    with pytest.raises(RequestError, match="without the carried column scene: string"):
+        FeatureTable.open_or_create(table.store, replace(FACTS, carried=pa.schema([("scene", pa.string())])))
+
+
+def test_a_column_of_text_takes_a_night_of_numbers(table: FeatureTable) -> None:
+    """As CSV is read: labels that all look like numbers are some."""
+    facts = replace(FACTS, carried=pa.schema([("label", pa.int64())]))
+    later = FeatureTable.open_or_create(table.store, facts)
+    row = {"dataset": "d", "sample_id": "s0001", "uri": "u", "label": 7}
+    batch = pa.RecordBatch.from_pylist([row], schema=facts.sample_schema)
+    (plan,) = later.plan(lambda: iter([batch]), run_id="r")
+    assert later.read_plan(plan)["label"].to_pylist() == ["7"]
 
 
 def test_public_objects_without_facts_fails(store: ObjectStore) -> None:
