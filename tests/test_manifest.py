@@ -136,6 +136,32 @@ class TestFormats:
         _, rows = read(put(f"{tmp_path}/m[1]*.csv", csv_bytes(ROWS)))
         assert len(rows) == 3
 
+    def test_numbers_may_have_room_around_them(self, tmp_path: Path) -> None:
+        text = "uri,dataset,start_seconds,end_seconds\na.mp4,d, 1.5 ,\t2\n"
+        (row,) = read(put(f"{tmp_path}/m.csv", text.encode()))[1]
+        assert (row["start_seconds"], row["end_seconds"]) == (1.5, 2.0)
+
+    @pytest.mark.parametrize(
+        "nothing", [b"uri,dataset", b"uri,dataset\n", b"\n", b"", b"\xef\xbb\xbfuri,dataset"]
+    )
+    def test_a_part_without_rows_is_no_obstacle(self, tmp_path: Path, nothing: bytes) -> None:
+        put(f"{tmp_path}/m/1.csv", csv_bytes(ROWS))
+        put(f"{tmp_path}/m/2.csv", nothing)
+        assert len(read(f"{tmp_path}/m")[1]) == 3
+
+    def test_inline_media_of_no_rows_and_without_statistics(self, tmp_path: Path) -> None:
+        rows = pa.table({"data": pa.array([b"x"]), "sample_id": ["a"], "dataset": ["d"]})
+        (tmp_path / "m").mkdir()
+        pq.write_table(rows, tmp_path / "m" / "1.parquet")
+        pq.write_table(rows.slice(0, 0), tmp_path / "m" / "2.parquet", write_statistics=False)
+        assert len(read(f"{tmp_path}/m")[1]) == 1
+
+    def test_two_columns_of_one_name_fail(self, tmp_path: Path) -> None:
+        twice = pa.table([["a.jpg"], ["b.jpg"], ["d"]], names=["uri", "uri", "dataset"])
+        pq.write_table(twice, tmp_path / "m.parquet")
+        with pytest.raises(ManifestError, match="two columns have one name"):
+            read(f"{tmp_path}/m.parquet")
+
     def test_a_folder_whose_name_looks_like_a_glob(self, root: str) -> None:
         put(f"{root}/set[1]/m.csv", csv_bytes(ROWS))
         assert len(read(f"{root}/set[1]")[1]) == 3

@@ -4,6 +4,7 @@ Columns come as they are; only `data` comes as booleans that say which rows have
 that no media is read here.
 """
 
+import csv
 import json
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ DATA = "data"
 _BATCH_ROWS = 16_384
 _JSON_BATCH_ROWS = 8_192
 _CSV_BLOCK_BYTES = 8 << 20
+_LONGEST_HEADER_BYTES = 1 << 16
 
 
 class Rows(Protocol):
@@ -53,6 +55,7 @@ class ParquetRows:
         self._file = file
         with _seekable(file) as opened:
             self.schema = pq.ParquetFile(opened).schema_arrow
+        _refuse_twins(self.columns)
 
     @property
     def columns(self) -> Sequence[str]:
@@ -85,8 +88,10 @@ class ParquetRows:
         nulls = (
             column.statistics.null_count if column.statistics and column.statistics.has_null_count else None
         )
+        if not facts.num_rows:
+            return pa.array([], pa.bool_())
         if nulls in (0, facts.num_rows):
-            return pa.array([nulls == 0 and facts.num_rows > 0] * facts.num_rows, pa.bool_())
+            return pa.array([nulls == 0] * facts.num_rows, pa.bool_())
         read = parquet.iter_batches(256, row_groups=[group], columns=[leaf])
         return pa.concat_arrays([media_column(batch).is_valid() for batch in read])
 
@@ -112,6 +117,11 @@ def _runs(footer: pq.FileMetaData, columns: Sequence[str], schema: pa.Schema) ->
         yield run
 
 
+def _refuse_twins(columns: Sequence[str]) -> None:
+    if len(set(columns)) < len(columns):
+        raise ManifestError(f"two columns have one name: {', '.join(columns)}")
+
+
 class CsvRows:
     """Rows of CSV. Everything is a string, so that `007` stays `007`; empty cells are null."""
 
@@ -120,16 +130,18 @@ class CsvRows:
     def __init__(self, file: ManifestFile) -> None:
         self._file = file
         with file.open() as opened:
-            is_empty = not opened.read(1)
-        with file.open() as opened:
-            self.columns: Sequence[str] = [] if is_empty else self._reader(opened, []).schema.names
-        if len(set(self.columns)) < len(self.columns):
-            raise ManifestError(f"two columns have one name: {', '.join(self.columns)}")
+            beginning = opened.read(_LONGEST_HEADER_BYTES)
+        self.columns: Sequence[str] = _only_header(beginning)
+        self._has_rows = not self.columns and bool(beginning.strip())
+        if self._has_rows:
+            with file.open() as opened:
+                self.columns = self._reader(opened, []).schema.names
+        _refuse_twins(self.columns)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """See `Rows.batches`."""
         wanted = [name for name in columns if name in self.columns and name != DATA]
-        if not wanted:
+        if not (wanted and self._has_rows):
             return  # an empty file, or one without any column of a manifest
         with self._file.open() as opened:
             yield from self._reader(opened, wanted)
@@ -147,6 +159,14 @@ class CsvRows:
                 strings_can_be_null=True,
             ),
         )
+
+
+def _only_header(beginning: bytes) -> list[str]:
+    """The columns of a file that has no more than them; pyarrow wants a line's end after them."""
+    text = beginning.decode("utf-8-sig", errors="replace").strip("\r\n")
+    if not text or "\n" in text or "\r" in text or len(beginning) == _LONGEST_HEADER_BYTES:
+        return []
+    return next(csv.reader([text]))
 
 
 class JsonRows:

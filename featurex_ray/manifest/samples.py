@@ -85,7 +85,7 @@ class Block:
             return column.cast(pa.float64())
         if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
             return column.cast(pa.float64())
-        text = self.text(name)
+        text = pc.utf8_trim_whitespace(self.text(name))
         return pc.if_else(pc.match_substring_regex(text, _NUMBER_PATTERN), text, "nan").cast(pa.float64())
 
     @property
