@@ -101,7 +101,7 @@ def test_secrets_turn_up_nowhere(web: str, tmp_path: Path) -> None:
 
 
 def test_a_report_holds_no_credentials() -> None:
-    from featurex_ray.pipeline.run import _without_secrets
+    from featurex_ray.storage import without_secrets
 
     values = {
         "manifest": "https://me:CANARY@host/m.csv?X-Amz-Signature=CANARY",
@@ -109,7 +109,7 @@ def test_a_report_holds_no_credentials() -> None:
         "max_pixels": 7,
         "dataset": None,
     }
-    plain = _without_secrets(values)
+    plain = without_secrets(values)
     assert "CANARY" not in str(plain)
     assert (plain["max_pixels"], plain["dataset"], plain["weights"][1]) == (7, None, "s3://bucket/w")
 
