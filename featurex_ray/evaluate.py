@@ -120,8 +120,8 @@ def read_labelled(table: TableReader, *, labels: str = "label") -> LabelledFeatu
         raise RequestError(f"column {labels!r} must tell at least two classes apart")
     flat = pc.list_flatten(rows["feature"]).to_numpy().astype(np.float32)
     datasets = np.array(rows["dataset"].cast(pa.string()).to_pylist(), dtype=str)
-    samples = rows.select(["dataset", "sample_id"]).to_pylist()
-    _, groups = np.unique([f"{row['dataset']}/{row['sample_id']}" for row in samples], return_inverse=True)
+    sample = pc.binary_join_element_wise(rows["dataset"].cast(pa.string()), rows["sample_id"], "/")
+    groups = sample.combine_chunks().dictionary_encode().indices.to_numpy()
     return LabelledFeatures(flat.reshape(len(names), -1), names, datasets, groups)
 
 

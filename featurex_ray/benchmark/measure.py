@@ -220,8 +220,7 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
             raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
         if settings.compare:
             pieces = _for_peers(settings, pieces, folder, say)
-        result, all_cpus = _alone(settings, pieces, folder)
-        result.num_cpus, result.num_gpus = num_cpus, num_gpus
+        result, all_cpus = _alone(settings, pieces, folder, num_cpus, num_gpus)
         say(result.lines()[1].strip())
         if settings.with_ray:
             result.contenders = _contenders(settings, result, pieces)
@@ -277,7 +276,9 @@ def _sampling(settings: Settings, extractors: Sequence[ResolvedExtractor]) -> st
     return settings.sampling or extractors[0].spec.default_sampling
 
 
-def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark, Callable[[], list[Costs]]]:
+def _alone(
+    settings: Settings, pieces: Pieces, folder: Path, num_cpus: int, num_gpus: int
+) -> tuple[Benchmark, Callable[[], list[Costs]]]:
     """The stages with one CPU busy and with all, and what measures the latter again."""
     extractors = _extractors(settings)
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
@@ -308,7 +309,7 @@ def _alone(settings: Settings, pieces: Pieces, folder: Path) -> tuple[Benchmark,
     def all_cpus() -> list[Costs]:
         return [measure_on_all_cpus(measure, here)] if costs.device == "cpu" and here > 1 else []
 
-    return Benchmark(settings, precision, here, costs, all_cpus()), all_cpus
+    return Benchmark(settings, precision, num_cpus, costs, all_cpus(), num_gpus=num_gpus), all_cpus
 
 
 def _address(settings: Settings) -> str | None:

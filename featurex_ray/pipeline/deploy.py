@@ -70,7 +70,7 @@ NVDEC_ACTORS = 2
 NVDEC_GPU = 0.34
 """The part of a GPU that each of them reserves, though its decoding units are none of those that extract. Ray
 fills a GPU before it takes the next: of more than a third two fit, and what is left is for one to extract."""
-NVDEC_ROOM = 0.32
+NVDEC_ROOM = round(1 - NVDEC_ACTORS * NVDEC_GPU, 4)
 """What they leave of each GPU."""
 
 CPUS_BESIDE_A_GPU = 0.5

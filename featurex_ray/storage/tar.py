@@ -11,6 +11,8 @@ FIRST_WINDOW_BYTES = 64 << 10
 _LARGEST_WINDOW_BYTES = 8 << 20
 _LARGEST_HEADER_BYTES = 1 << 20
 """Of names and pax records; more is asked for by broken headers only."""
+# What damaged headers were seen to raise, besides tarfile's own.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError)
 # Skipping this much costs a store about as much time as reading it.
 _WORTH_SKIPPING_BYTES = 1 << 20
 
@@ -106,10 +108,6 @@ def index_members(reader: RangeReader) -> dict[str, range]:
             }
     except _TAR_ERRORS as error:
         raise FetchError("bad_archive", f"not a readable uncompressed tar: {error}") from error
-
-
-# What damaged headers were seen to raise, besides tarfile's own.
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError)
 
 
 def _data_of(member: tarfile.TarInfo) -> range:
