@@ -18,7 +18,8 @@ class ProcessLimits:
     """Limits of one child.
 
     Args:
-        memory_bytes: Resident memory, at least 320 MiB: 256 MiB of it for code and shared buffers.
+        memory_bytes: Resident memory beside the item's own bytes, at least 320 MiB: 256 MiB of it for
+            code and shared buffers.
         item_seconds: Wall-clock and CPU seconds of one item of work.
         items_per_child: After so many a new child takes over, so that leaks don't add up.
     """

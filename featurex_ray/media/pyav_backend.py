@@ -412,6 +412,7 @@ class PyavDecoder:
         try:
             rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
         except av.FFmpegError as error:
+            _refuse_exhaustion(error)
             raise DecodeError("unsupported_codec", f"{frame.format.name} pixels: {error.strerror}") from error
         plane = rgb.planes[0]
         pixels = np.frombuffer(plane, np.uint8)  # type: ignore[call-overload]  # a buffer, which PyAV's stubs don't say

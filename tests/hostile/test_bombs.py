@@ -56,6 +56,8 @@ def film(codec: str, container: str, width: int, height: int, num_frames: int, *
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         frame = av.VideoFrame(width, height, stream.pix_fmt)
+        for plane in frame.planes:  # else it shows what lay in memory before, and that packs badly
+            plane.update(bytes(plane.buffer_size))
         packets = [*stream.encode(frame), *stream.encode(None)]
         body = bytes(packets[0])
         for number in range(num_frames):
@@ -166,6 +168,18 @@ def test_the_largest_allowed_stay_within_the_memory(name: str) -> None:
     report("M4 largest", file=name, outcome=told, child_mib=decoder.peak_bytes() >> 20)
     assert told in ("features", "too_large")
     assert decoder.peak_bytes() <= 1 << 30
+    decoder.process.close()
+
+
+@pytest.mark.parametrize("memory_mib", [320, 440, 600, 800])
+def test_wherever_memory_runs_out_it_is_said(memory_mib: int) -> None:
+    """In decoding, in converting or in turning upright: not as a codec that isn't supported, or as damage."""
+    limits = ProcessLimits(memory_bytes=memory_mib * MIB)
+    decoder = ContainedDecoder(DecodeOptions((InputSpec(64, 64),), "pyav"), limits=limits)
+    (done,) = decoder.decode([(REQUEST, film("mjpeg", "avi", 7_936, 7_936, 2))])
+    assert isinstance(done.outcome, SampleError)
+    assert done.outcome.code == "too_large"
+    assert "out of memory" in done.outcome.message
     decoder.process.close()
 
 
