@@ -12,16 +12,19 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pytest
 from fsspec.asyn import get_loop
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.utils import infer_storage_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurex_ray.errors import FetchError, RefusedUriError, RequestError
-from featurex_ray.storage import Fetched, Fetcher, ReadPolicy, filesystem, parse, redact, resolve
+from featurex_ray.storage import Fetched, Fetcher, ReadPolicy, filesystem, parse, redact, resolve, uri_of
 from featurex_ray.storage.objects import WebObjects
 from featurex_ray.storage.web import web_filesystem
 from tests.faulty_store import FaultyStore, use_store
@@ -35,6 +38,25 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
     with FaultyStore() as server:
         use_store(server, monkeypatch)
         yield server
+
+
+class HostedFileSystem(MemoryFileSystem):
+    """`hosted://host:port/path`, as hdfs and ftp: one store a host, which is no part of the path."""
+
+    stores: ClassVar[dict[str, dict[str, object]]] = {}
+
+    def __init__(self, host: str, port: int, **options: object) -> None:
+        super().__init__(**options)
+        self.store, self.pseudo_dirs = self.stores.setdefault(host, {}), [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + str(infer_storage_options(path)["path"]).strip("/")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, object]:
+        found = infer_storage_options(path)
+        return {"host": found["host"], "port": found["port"]}
 
 
 def fetcher(home: str = HOME, **options: object) -> Fetcher:
@@ -392,7 +414,7 @@ class TestRetries:
 
 class TestFetchMany:
     def test_many_are_in_flight(self, store: FaultyStore) -> None:
-        store.delay_seconds = 0.1
+        store.delay_seconds = 0.5  # long enough for all to arrive on a busy machine
         store.objects.update({f"/bkt/{i}.jpg": b"%d" % i for i in range(128)})
         with fetcher(max_in_flight=32) as reader:
             results = dict(reader.fetch_many(f"s3://bkt/{i}.jpg" for i in range(128)))
@@ -684,6 +706,19 @@ class TestOtherStores:
         with fetcher(allow=("memory://box",)) as reader:
             assert reader.fetch("memory://box/a.jpg").data[:6] == b"memory"
         assert failure("memory://box/none.jpg", allow=("memory://box",)).code == "not_found"
+
+    def test_a_store_on_a_host_is_asked_on_that_host(self) -> None:
+        fsspec.register_implementation("hosted", HostedFileSystem, clobber=True)
+        for host in ("one", "two"):
+            filesystem(f"hosted://{host}:80/x")[0].pipe_file("/in/a b.jpg", host.encode())
+        with fetcher(allow=("hosted://",)) as reader:
+            assert reader.fetch("hosted://one:80/in/a b.jpg").data == b"one"
+            assert reader.fetch("hosted://two:80/in/a b.jpg").data == b"two"
+        store, path = filesystem("hosted://two:80/in")
+        assert path == "/in"
+        assert [uri_of(name, listed="hosted://two:80/in") for name in store.find(path)] == [
+            "hosted://two:80/in/a b.jpg"
+        ]
 
     def test_an_unknown_store_fails(self) -> None:
         with pytest.raises(RequestError, match="nowhere"):

@@ -20,7 +20,16 @@ import pyarrow.parquet as pq
 from featurex_ray.errors import FetchError, ManifestError, RefusedUriError, RequestError
 from featurex_ray.manifest.files import Format, ManifestFile, explained, is_file
 from featurex_ray.manifest.samples import DATASET_PATTERN
-from featurex_ray.storage import Fetcher, Filesystem, ReadPolicy, filesystem, parse, redact
+from featurex_ray.storage import (
+    Fetcher,
+    Filesystem,
+    ReadPolicy,
+    filesystem,
+    parse,
+    redact,
+    uri_of,
+    version_of,
+)
 
 MEDIA_EXTENSIONS: dict[str, Literal["image", "video"]] = {
     **dict.fromkeys(
@@ -195,7 +204,7 @@ def _listed(source: str) -> Iterator[_Entry]:
         yield from _listed_on_s3(store, location.root, location.path)
     else:
         for name, facts in store.find(path, detail=True).items():
-            yield _Entry(f"{location.scheme}://{name}", name.removeprefix(path).lstrip("/"), _version(facts))
+            yield _Entry(uri_of(name, listed=source), name.removeprefix(path).lstrip("/"), _version(facts))
 
 
 def _listed_locally(folder: Path, source: Path) -> Iterator[_Entry]:
@@ -225,9 +234,7 @@ def _listed_on_s3(store: Filesystem, bucket: str, path: str) -> Iterator[_Entry]
 def _version(facts: Mapping[str, Any]) -> str:
     if "ino" in facts:  # a local file
         return f"{os.stat(facts['name']).st_mtime_ns}-{facts['size']}"  # noqa: PTH116
-    return str(facts.get("ETag") or facts.get("etag") or f"{facts.get('mtime', '')}-{facts['size']}").strip(
-        _QUOTE
-    )
+    return version_of(facts)
 
 
 def _label_columns(media: Iterator[_Entry], *, labels: bool | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 from featurex_ray.errors import FeaturexError, ManifestError, NoManifestError, StoreUnavailableError
-from featurex_ray.storage import Filesystem, filesystem, parse, redact
+from featurex_ray.storage import Filesystem, filesystem, parse, redact, uri_of
 
 Format = Literal["parquet", "csv", "jsonl"]
 
@@ -97,7 +97,7 @@ def find_files(uri: str) -> list[ManifestFile]:
             found = [name for name in store.find(path) if format_of(name) and _is_shown(name, path)]
     if not found:
         raise NoManifestError(f"no manifest at {redact(uri)!r}; looked for {FORMAT_NAMES}")
-    return [ManifestFile.of(_uri_of(uri, name)) for name in sorted(found)]
+    return [ManifestFile.of(uri_of(name, listed=uri)) for name in sorted(found)]
 
 
 def is_file(store: Filesystem, path: str) -> bool:
@@ -143,8 +143,3 @@ def _explain(uri: str, error: Exception) -> FeaturexError:
 
 def _is_shown(name: str, folder: str) -> bool:
     return not any(part.startswith(("_", ".")) for part in name.removeprefix(folder).split("/"))
-
-
-def _uri_of(asked: str, path: str) -> str:
-    scheme = parse(asked).scheme
-    return path if scheme == "file" or "://" in path else f"{scheme}://{path}"

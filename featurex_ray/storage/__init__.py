@@ -6,7 +6,7 @@ uncompressed tar is `s3://bucket/shard-000.tar::inner/name.jpg`.
 """
 
 from featurex_ray.storage.fetch import Fetched, Fetcher
-from featurex_ray.storage.filesystems import Filesystem, filesystem
+from featurex_ray.storage.filesystems import Filesystem, filesystem, uri_of, version_of
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.tar import TarIndex
 from featurex_ray.storage.uri import Location, parse, redact, resolve, without_secrets
@@ -22,5 +22,7 @@ __all__ = [
     "parse",
     "redact",
     "resolve",
+    "uri_of",
+    "version_of",
     "without_secrets",
 ]

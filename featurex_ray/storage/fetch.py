@@ -295,13 +295,10 @@ class Fetcher:
     def _connect(self, location: Location) -> Objects:
         if location.scheme in WEB:
             return WebObjects(web_filesystem(named=self._policy.named_hosts))
-        try:
-            store, _ = filesystem(str(location))
-        except RequestError as error:
-            raise FetchError("bad_request", str(error)) from error
         if location.scheme == "s3":
+            store, _ = filesystem(str(location))
             return S3Objects(store)
-        return AnyObjects(store, self._threads)
+        return AnyObjects(self._threads)
 
     def _refuse_too_large(self, location: Location, size: int) -> None:
         if size > self._max_object_bytes:

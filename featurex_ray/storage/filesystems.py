@@ -1,6 +1,7 @@
 """URI -> filesystem, one per process and environment."""
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from s3fs.core import set_custom_error_handler
 
 from featurex_ray.errors import RequestError
-from featurex_ray.storage.uri import WEB, parse, redact
+from featurex_ray.storage.uri import WEB, Location, parse, redact
 
 Filesystem = Any
 """An `fsspec.AbstractFileSystem`; fsspec ships no types."""
@@ -30,6 +31,9 @@ _CODES = {
 }
 _S3_CODES = {"RequestTimeout": "timeout", "ExpiredToken": "forbidden", "SlowDown": "unavailable"}
 
+_TIMES = ("mtime", "last_modified", "modificationTime", "modify", "created")
+"""Where filesystems say when an object was written: hdfs and sftp, az, webhdfs, ftp, and others."""
+
 
 def filesystem(uri: str) -> tuple[Filesystem, str]:
     """The filesystem that holds a URI, and the path in it, literally.
@@ -46,11 +50,42 @@ def filesystem(uri: str) -> tuple[Filesystem, str]:
         return fsspec.filesystem("file"), location.path
     if location.scheme == "s3":
         return _s3(os.getpid(), _aws_environment()), f"{location.root}/{location.path}"
-    path = str(location.container) if location.scheme in WEB else f"{location.root}/{location.path}"
+    if location.scheme in WEB:
+        return fsspec.filesystem(location.scheme), str(location.container)
+    store, root = _rooted(location)
+    return store, f"{root}{location.path}"
+
+
+def uri_of(name: str, *, listed: str) -> str:
+    """The URI of what a filesystem calls `name` when it lists another URI."""
+    location = parse(listed)
+    if location.scheme == "file" or location.scheme in WEB:
+        return name
+    root = f"{location.root}/" if location.scheme == "s3" else _rooted(location)[1]
+    below = name.lstrip("/").removeprefix(root.lstrip("/"))
+    return f"{location.scheme}://{location.root}/{below}"
+
+
+def version_of(facts: Mapping[str, Any]) -> str:
+    """What changes when an object does, of what a filesystem says of it: its ETag, or its time and size."""
+    if etag := facts.get("ETag") or facts.get("etag"):
+        return str(etag).strip('"')
+    return f"{next((facts[key] for key in _TIMES if facts.get(key)), '')}-{facts['size']}"
+
+
+def _rooted(location: Location) -> tuple[Filesystem, str]:
+    """Any other filesystem, and what its paths start with.
+
+    A host (hdfs, ftp) or an account (abfs) is its option, and no part of the path then.
+    """
+    start = f"{location.scheme}://{location.root}/"
     try:
-        return fsspec.filesystem(location.scheme), path
+        kind = fsspec.get_filesystem_class(location.scheme)
+        options = kind._get_kwargs_from_urls(start)
+        store = fsspec.filesystem(location.scheme, **options)
     except (ImportError, ValueError) as error:
-        raise RequestError(f"can't read {redact(uri)!r}: {error}") from error
+        raise RequestError(f"can't read {redact(start)}: {error}") from error
+    return store, kind._strip_protocol(f"{start}x")[:-1] if options else f"{location.root}/"
 
 
 def error_code(status: int) -> str:

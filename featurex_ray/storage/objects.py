@@ -15,8 +15,8 @@ import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError
 from yarl import URL
 
-from featurex_ray.errors import FetchError, RefusedUriError
-from featurex_ray.storage.filesystems import Filesystem, error_code, s3_error_code
+from featurex_ray.errors import FetchError, RefusedUriError, RequestError
+from featurex_ray.storage.filesystems import Filesystem, error_code, filesystem, s3_error_code, version_of
 from featurex_ray.storage.mapped import MappedFile
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.uri import Location, redact
@@ -133,8 +133,7 @@ class WebObjects:
 class AnyObjects:
     """Objects of any other fsspec filesystem (gs, az, hdfs, ...), read in threads."""
 
-    def __init__(self, store: Filesystem, threads: Executor) -> None:
-        self._store = store
+    def __init__(self, threads: Executor) -> None:
         self._threads = threads
 
     async def read(self, location: Location, *, part: range | None, etag: str | None, limit: int) -> Chunk:
@@ -142,17 +141,20 @@ class AnyObjects:
         return await _in_thread(self._threads, location, lambda: self._read(location, part, etag, limit))
 
     def _read(self, location: Location, part: range | None, etag: str | None, limit: int) -> Chunk:
-        path = f"{location.root}/{location.path}"
-        facts = self._store.info(path)
+        try:
+            store, path = filesystem(str(location))
+        except RequestError as error:
+            raise FetchError("bad_request", str(error)) from error
+        facts = store.info(path)
         if facts["type"] == "directory":
             raise FileNotFoundError(errno.ENOENT, "is a folder")
-        found = str(next((facts[key] for key in ("ETag", "etag", "mtime", "created") if key in facts), ""))
+        found = version_of(facts)
         if etag not in (None, found):
             raise FetchError("changed", f"{redact(str(location))!r} was replaced while it was read")
         if part is None and facts["size"] > limit:
             return Chunk(None, found, facts["size"])
         bounds = {} if part is None else {"start": part.start, "end": part.stop}
-        return Chunk(self._store.cat_file(path, **bounds), found, facts["size"])
+        return Chunk(store.cat_file(path, **bounds), found, facts["size"])
 
 
 class LocalObjects:

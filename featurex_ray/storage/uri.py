@@ -22,6 +22,8 @@ _SECRET_QUERY = re.compile(
 )
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 
+_CONTAINER_AT_ACCOUNT = frozenset({"abfs", "abfss"})
+"""Where what stands before the @ is no user, but what the path starts with."""
 WEB = frozenset({"http", "https"})
 BUCKETED = frozenset({"s3", "gs"})
 
@@ -93,7 +95,7 @@ def redact(uri: str) -> str:
     if not mark:
         return uri
     host, slash, path = rest.partition("/")
-    if "@" in host:
+    if "@" in host and scheme.lower() not in _CONTAINER_AT_ACCOUNT:
         host = "***@" + host.rpartition("@")[2]
     path = re.sub(r"\?.*", "?***", path) if scheme.lower() in WEB else _SECRET_QUERY.sub("?***", path)
     return f"{scheme}://{host}{slash}{path}"
