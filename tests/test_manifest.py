@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from featurex_ray.errors import (
     RequestError,
     StoreUnavailableError,
 )
-from featurex_ray.manifest import Manifest, build_manifest, read_inline, read_manifest
+from featurex_ray.manifest import InlineMedia, Manifest, build_manifest, read_inline, read_manifest
 from featurex_ray.manifest.files import ManifestFile
 from featurex_ray.schemas import SAMPLE, sample_schema
 from featurex_ray.storage import Fetcher, ReadPolicy, filesystem
@@ -391,6 +391,11 @@ class TestRows:
         assert "hunter2" not in refusal(uri)
 
 
+def read_rows(path: object, *rows: int) -> list[bytes | FetchError]:
+    """The media of samples that are named after their rows."""
+    return read_inline([InlineMedia(str(path), row, "d", f"{path}#{row}") for row in rows])
+
+
 class TestInline:
     TABLE = pa.table(
         {
@@ -411,21 +416,22 @@ class TestInline:
         assert [row["uri"] for row in rows] == ["a", f"{uri}#1", "/x/c.jpg", "d", f"{uri}#4"]
         assert [row["data_row"] for row in rows] == [0, 1, None, 3, 4]
         assert [row["data_file"] for row in rows] == [uri, uri, None, uri, uri]
-        assert read_inline([(uri, 4), (uri, 0), (uri, 1), (uri, 0)]) == [b"four", b"zero", b"one", b"zero"]
+        wanted = [InlineMedia(uri, row, rows[row]["dataset"], rows[row]["sample_id"]) for row in (4, 0, 1, 0)]
+        assert read_inline(wanted) == [b"four", b"zero", b"one", b"zero"]
 
     def test_image_structs(self, tmp_path: Path) -> None:
         images = pa.array([{"bytes": b"jpeg", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}])
         pq.write_table(pa.table({"data": images, "uri": ["a", "b"]}), tmp_path / "m.parquet")
         rows = read(tmp_path / "m.parquet", dataset="d")[1]
         assert [row["data_row"] for row in rows] == [0, None]
-        assert read_inline([(rows[0]["data_file"], 0)]) == [b"jpeg"]
+        assert read_inline([InlineMedia(rows[0]["data_file"], 0, "d", "a")]) == [b"jpeg"]
 
     def test_large_row_groups_are_streamed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("featurex_ray.manifest.inline.LARGE_GROUP_BYTES", 100)
         data = [b"%d" % i * 9 for i in range(500)]
         pq.write_table(pa.table({"data": data}), tmp_path / "m.parquet", row_group_size=200)
-        wanted = [(str(tmp_path / "m.parquet"), row) for row in (499, 3, 198, 201, 3)]
-        assert read_inline(wanted) == [data[row] for _, row in wanted]
+        wanted = [499, 3, 198, 201, 3]
+        assert read_rows(tmp_path / "m.parquet", *wanted) == [data[row] for row in wanted]
 
     def test_a_large_row_group_is_read_once_for_later_and_later_rows(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -438,15 +444,15 @@ class TestInline:
         path = str(tmp_path / "m.parquet")
         pq.write_table(pa.table({"data": data}), path)
 
-        def read_rows(rows: Sequence[int]) -> None:
-            assert read_inline([(path, row) for row in rows]) == [data[row] for row in rows]
+        def check(*rows: int) -> None:
+            assert read_rows(path, *rows) == [data[row] for row in rows]
 
-        read_rows([0])
+        check(0)
         opened.clear()  # its footer is known by now
         for first in (10, 60, 300, 900):  # what others read lies between
-            read_rows(range(first, first + 50))
+            check(*range(first, first + 50))
         assert opened == []
-        read_rows([5, 950])  # a retry goes back
+        check(5, 950)  # a retry goes back
         assert opened == [path]
 
     def test_a_large_row_group_that_is_shorter_than_its_footer_says(
@@ -458,7 +464,7 @@ class TestInline:
         monkeypatch.setattr(
             "featurex_ray.manifest.inline._batches", lambda *_: iter([pa.array([b"a", b"b"])])
         )
-        good, bad = read_inline([(str(path), 1)]) + read_inline([(str(path), 50)])
+        (good,), (bad,) = read_rows(path, 1), read_rows(path, 50)
         assert good == b"b"
         assert isinstance(bad, FetchError)
         assert "fewer rows than its footer says" in bad.message
@@ -469,23 +475,74 @@ class TestInline:
         monkeypatch.setattr("featurex_ray.manifest.inline.LARGE_GROUP_BYTES", 100)
         path = tmp_path / "m.parquet"
         pq.write_table(pa.table({"data": [b"%d" % i * 9 for i in range(100)]}), path)
-        assert read_inline([(str(path), 90)]) == [b"90" * 9]
+        assert read_rows(path, 90) == [b"90" * 9]
         path.rename(tmp_path / "away")
-        (error,) = read_inline([(str(path), 0)])
+        (error,) = read_rows(path, 0)
         assert isinstance(error, FetchError)
         (tmp_path / "away").rename(path)
-        assert read_inline([(str(path), 3)]) == [b"3" * 9]
+        assert read_rows(path, 3) == [b"3" * 9]
 
     def test_read_inline_fails_row_by_row(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"data": [b"a", None]}), tmp_path / "m.parquet")
         (tmp_path / "x.parquet").write_bytes(b"no Parquet")
         here = str(tmp_path / "m.parquet")
-        found = read_inline(
-            [(f"{tmp_path}/none.parquet", 0), (here, 0), (here, 1), (here, 2), (f"{tmp_path}/x.parquet", 0)]
-        )
+        found = [
+            *read_rows(f"{tmp_path}/none.parquet", 0),
+            *read_rows(here, 0, 1, 2),
+            *read_rows(f"{tmp_path}/x.parquet", 0),
+        ]
         assert found[1] == b"a"
         errors = [error for error in found if isinstance(error, FetchError)]
         assert [error.code for error in errors] == ["not_found"] * 4
+
+    @pytest.mark.parametrize("group", [2, 3])
+    @pytest.mark.parametrize("large", [1, 1 << 30])
+    def test_media_are_those_of_the_sample_wherever_they_lie_by_now(
+        self, root: str, group: int, large: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A plan that a killed run left may be older than the file."""
+        monkeypatch.setattr("featurex_ray.manifest.inline.LARGE_GROUP_BYTES", large)
+        uri = f"{root}/m.parquet"
+
+        def write(*rows: tuple[str, str, bytes]) -> None:
+            dataset, names, data = zip(*rows, strict=True)
+            table = pa.table({"dataset": dataset, "sample_id": names, "data": data})
+            out = io.BytesIO()
+            pq.write_table(table, out, row_group_size=group)
+            put(uri, out.getvalue())
+
+        write(("one", "a", b"1a"), ("one", "b", b"1b"), ("two", "a", b"2a"), ("two", "c", b"2c"))
+        planned = [InlineMedia(uri, r["data_row"], r["dataset"], r["sample_id"]) for r in read(uri)[1]]
+        assert read_inline(planned) == [b"1a", b"1b", b"2a", b"2c"]
+        new, newer = (("one", name, b"??") for name in ("new", "newer"))
+        write(new, ("two", "a", b"2A"), ("one", "a", b"1A"), ("one", "b", b"1B"), newer)
+        *found, gone = read_inline(planned)
+        assert found == [b"1A", b"1B", b"2A"]
+        assert isinstance(gone, FetchError)
+        assert gone.code == "not_found"
+        assert "does not hold sample 'c'" in gone.message
+
+    def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "m.parquet"
+        pq.write_table(pa.table({"sample_id": ["a", "b"], "data": [b"1", b"2"]}), path)
+        real = ManifestFile.version
+        asked: list[str] = []
+
+        def replaces(file: ManifestFile) -> str:
+            version = real(file)
+            if len(asked) < 2:  # between the question and the first opening, then once more
+                pq.write_table(
+                    pa.table({"sample_id": ["b", "a"], "data": [b"b" * 9 ** len(asked), b"a"]}), path
+                )
+            asked.append(version)
+            return version
+
+        monkeypatch.setattr(ManifestFile, "version", replaces)
+        wanted = [InlineMedia(str(path), 0, "d", "a"), InlineMedia(str(path), 1, "d", "b")]
+        assert read_inline(wanted) == [b"a", b"b" * 9]
+        assert len(asked) > 3
 
     @pytest.mark.parametrize("extension", [".csv", ".jsonl"])
     def test_data_in_text_fails(self, tmp_path: Path, extension: str) -> None:
@@ -534,7 +591,9 @@ class TestInline:
         pq.write_table(table, tmp_path / "m.parquet", row_group_size=1500)
         manifest, rows = read(tmp_path / "m.parquet", dataset="cifar10", keep_columns=["label_name"])
         assert manifest.carried == pa.schema([("label", pa.int64()), ("label_name", pa.string())])
-        assert read_inline([(row["data_file"], row["data_row"]) for row in rows]) == table["data"].to_pylist()
+        places = ("data_file", "data_row", "dataset", "sample_id")
+        wanted = [InlineMedia(*(row[name] for name in places)) for row in rows]
+        assert read_inline(wanted) == table["data"].to_pylist()
 
 
 class TestScale:

@@ -82,7 +82,7 @@ def planned(manifest: Path, count: int) -> pa.Table:
     """The first samples of a manifest as the pipeline's rows, schema `PLANNED`."""
     file = pq.ParquetFile(manifest)
     inline = "data" in file.schema_arrow.names
-    wanted = ["sample_id"] if inline else ["sample_id", "uri"]
+    wanted = ["dataset", "sample_id"] if inline else ["dataset", "sample_id", "uri"]
     rows = next(file.iter_batches(batch_size=count, columns=wanted)).to_pylist()
 
     def place(i: int) -> dict[str, Any]:

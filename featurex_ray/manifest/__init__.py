@@ -5,7 +5,15 @@ A manifest is Parquet, CSV or JSON Lines (also `.gz`): one file, a folder or a g
 
 from featurex_ray.manifest.build import ManifestCounts, build_manifest
 from featurex_ray.manifest.files import ManifestFile
-from featurex_ray.manifest.inline import read_inline
+from featurex_ray.manifest.inline import InlineMedia, read_inline
 from featurex_ray.manifest.read import Manifest, read_manifest
 
-__all__ = ["Manifest", "ManifestCounts", "ManifestFile", "build_manifest", "read_inline", "read_manifest"]
+__all__ = [
+    "InlineMedia",
+    "Manifest",
+    "ManifestCounts",
+    "ManifestFile",
+    "build_manifest",
+    "read_inline",
+    "read_manifest",
+]

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 from featurex_ray.errors import FeaturexError, ManifestError, NoManifestError, StoreUnavailableError
-from featurex_ray.storage import Filesystem, filesystem, parse, redact, uri_of
+from featurex_ray.storage import Filesystem, filesystem, parse, redact, uri_of, version_of
 
 Format = Literal["parquet", "csv", "jsonl"]
 
@@ -58,6 +58,11 @@ class ManifestFile:
         if found is None:
             raise ManifestError(f"{redact(uri)!r} is no manifest by its name; known are {FORMAT_NAMES}")
         return cls(uri, found, uri.lower().endswith(".gz"))
+
+    def version(self) -> str:
+        """What changes when the file does: its ETag, or its time and size."""
+        store, path = filesystem(self.uri)
+        return version_of(store.info(path))
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:

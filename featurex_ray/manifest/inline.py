@@ -1,18 +1,26 @@
-"""Inline media: the `data` of single manifest rows, read when they are needed."""
+"""Inline media: the `data` of single manifest rows, read when they are needed.
+
+A plan says in which row of which file a sample's media lay when it was made. Files are rewritten, with
+their rows in another order; so it is looked whether the row is the sample's still, and for the row that is.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurex_ray.errors import FetchError, ManifestError, StoreUnavailableError
 from featurex_ray.manifest.files import ManifestFile, explained
 from featurex_ray.manifest.formats import media_column, media_leaf
+from featurex_ray.manifest.samples import Block, sample_names
+from featurex_ray.storage import redact
 
 LARGE_GROUP_BYTES = 128 << 20
 """Media of smaller row groups is kept between calls, that of larger ones is streamed through."""
@@ -20,28 +28,47 @@ _MOST_ROWS = 64
 _BATCH_BYTES = 16 << 20
 """At about so many rows and bytes a time it is decoded."""
 _BUFFER_BYTES = 1 << 20
+_ATTEMPTS = 3
+"""At files that are replaced while they are read."""
 
 Rows = npt.NDArray[np.int64]
 
 
-def read_inline(rows: Sequence[tuple[str, int]]) -> list[bytes | FetchError]:
-    """Reads the inline media of some manifest rows.
+class InlineMedia(NamedTuple):
+    """Where a sample's media lay when it was planned.
+
+    Attributes:
+        file: URI of the manifest file.
+        row: Of the file.
+        dataset: The sample's.
+        sample_id: The sample's.
+    """
+
+    file: str
+    row: int
+    dataset: str
+    sample_id: str
+
+
+class _ReplacedError(Exception):
+    """The file is another one by now."""
+
+
+def read_inline(media: Sequence[InlineMedia]) -> list[bytes | FetchError]:
+    """Reads the inline media of some samples.
 
     Rows of one row group are read together, so neighbours had better be asked for at once.
 
-    Args:
-        rows: `(data_file, data_row)` of samples.
-
     Returns:
-        For each row its bytes, or why they can't be had (`not_found` or `unavailable`).
+        For each sample its bytes, or why they can't be had (`not_found` or `unavailable`).
     """
-    found: list[bytes | FetchError] = [FetchError("not_found", "the manifest has no such row")] * len(rows)
+    found: list[bytes | FetchError] = [FetchError("not_found", "the manifest has no such row")] * len(media)
     by_file: dict[str, list[int]] = {}
-    for index, (file, _) in enumerate(rows):
-        by_file.setdefault(file, []).append(index)
+    for index, each in enumerate(media):
+        by_file.setdefault(each.file, []).append(index)
     for file, indices in by_file.items():
         try:
-            for position, data in _read_rows(file, np.array([rows[i][1] for i in indices], np.int64)):
+            for position, data in _read_file(file, [media[index] for index in indices]):
                 found[indices[position]] = data
         except FetchError as error:
             for index in indices:
@@ -49,33 +76,122 @@ def read_inline(rows: Sequence[tuple[str, int]]) -> list[bytes | FetchError]:
     return found
 
 
-def _read_rows(uri: str, wanted: Rows) -> Iterator[tuple[int, bytes]]:
-    """Yields positions in `wanted` with their bytes, one row group after the other."""
-    try:
-        with explained(uri):
-            yield from _groups_rows(uri, wanted)
-    except StoreUnavailableError as error:
-        raise FetchError("unavailable", str(error)) from error
-    except (ManifestError, pa.ArrowException) as error:
-        raise FetchError("not_found", str(error)) from error
+def _read_file(uri: str, media: Sequence[InlineMedia]) -> list[tuple[int, bytes | FetchError]]:
+    """Positions in `media` with their bytes, or why there are none."""
+    for _ in range(_ATTEMPTS):
+        try:
+            with explained(uri):
+                return list(_File(uri, ManifestFile.of(uri).version()).read(media))
+        except _ReplacedError:
+            continue
+        except StoreUnavailableError as error:
+            raise FetchError("unavailable", str(error)) from error
+        except (ManifestError, pa.ArrowException) as error:
+            raise FetchError("not_found", str(error)) from error
+    raise FetchError("unavailable", f"{redact(uri)} was replaced each time that it was read")
 
 
-def _groups_rows(uri: str, wanted: Rows) -> Iterator[tuple[int, bytes]]:
-    footer = _footer(uri)
-    ends = np.cumsum([footer.row_group(group).num_rows for group in range(footer.num_row_groups)])
-    groups = np.searchsorted(ends, wanted, side="right")
-    for group in np.unique(groups[groups < footer.num_row_groups]).tolist():
-        positions = np.flatnonzero(groups == group)
-        first = ends[group] - footer.row_group(group).num_rows
-        for position, data in zip(positions, _group_rows(uri, group, wanted[positions] - first), strict=True):
-            if data is not None:
-                yield int(position), data
+class _File(NamedTuple):
+    """A manifest file as it is at the moment."""
+
+    uri: str
+    version: str
+
+    def read(self, media: Sequence[InlineMedia]) -> Iterator[tuple[int, bytes | FetchError]]:
+        """Positions in `media` with their bytes, one row group after the other, and what was not found."""
+        footer = _footer(self)
+        ends = np.cumsum([footer.row_group(group).num_rows for group in range(footer.num_row_groups)])
+        wanted, ours = _located(self, media, ends)
+        for position in np.flatnonzero(~ours).tolist():
+            message = f"{redact(self.uri)} does not hold sample {media[position].sample_id!r} (any more)"
+            yield position, FetchError("not_found", message)
+        groups = np.searchsorted(ends, wanted, side="right")
+        for group in np.unique(groups[ours]).tolist():
+            positions = np.flatnonzero(ours & (groups == group))
+            first = ends[group] - footer.row_group(group).num_rows
+            read = _group_rows(self, group, wanted[positions] - first)
+            for position, data in zip(positions.tolist(), read, strict=True):
+                if data is not None:
+                    yield position, data
 
 
-def _group_rows(uri: str, group: int, rows: Rows) -> list[bytes | None]:
-    if media_bytes(_footer(uri), group) > LARGE_GROUP_BYTES:
-        return _large_group(uri, group).read(rows)
-    column = _small_group(uri, group)
+def _located(file: _File, media: Sequence[InlineMedia], ends: Rows) -> tuple[Rows, npt.NDArray[np.bool_]]:
+    """The rows of some samples by now, and which of them there are."""
+    rows = np.array([each.row for each in media], np.int64)
+    datasets, names = (pa.array(column) for column in list(zip(*media, strict=True))[2:])
+    ours = np.zeros(len(media), bool)
+    groups = np.searchsorted(ends, rows, side="right")
+    for group in np.unique(groups[groups < len(ends)]).tolist():
+        here = np.flatnonzero(groups == group)
+        names_here = _names(file, group).take(pa.array(rows[here] - (ends[group] - _num_rows(file, group))))
+        ours[here] = _are(names_here, datasets.take(pa.array(here)), names.take(pa.array(here)))
+    moved = np.flatnonzero(~ours)
+    if len(moved):
+        rows[moved] = _found(file, datasets.take(pa.array(moved)), names.take(pa.array(moved)))
+        ours = rows >= 0
+    return rows, ours
+
+
+def _are(held: pa.RecordBatch, datasets: pa.Array, names: pa.Array) -> npt.NDArray[np.bool_]:
+    """Which rows are those samples. Rows without a dataset are of the one that was named to the run."""
+    same = pc.and_(
+        pc.equal(held["sample_id"], names), pc.fill_null(pc.equal(held["dataset"], datasets), True)
+    )
+    found: npt.NDArray[np.bool_] = pc.fill_null(same, False).to_numpy(zero_copy_only=False)
+    return found
+
+
+def _found(file: _File, datasets: pa.Array, names: pa.Array) -> Rows:
+    """The rows of samples, wherever in the file they are; -1 where they aren't."""
+    rows = np.full(len(names), -1, np.int64)
+    held_datasets, held_names = _all_names(file)
+    for dataset in pc.unique(datasets):
+        asked = np.flatnonzero(pc.equal(datasets, dataset))
+        places = np.flatnonzero(pc.fill_null(pc.equal(held_datasets, dataset), True))
+        at = pc.index_in(names.take(pa.array(asked)), held_names.take(pa.array(places)))
+        there = np.flatnonzero(at.is_valid())
+        rows[asked[there]] = places[at.drop_null()]
+    return rows
+
+
+def _num_rows(file: _File, group: int) -> int:
+    return int(_footer(file).row_group(group).num_rows)
+
+
+@lru_cache(maxsize=1)
+def _names(file: _File, group: int) -> pa.RecordBatch:
+    """`dataset` and `sample_id` of a row group."""
+    (named,) = _named(file, [group])
+    return named
+
+
+@lru_cache(maxsize=1)
+def _all_names(file: _File) -> tuple[pa.Array, pa.Array]:
+    """`dataset` and `sample_id` of all rows: what a file that was rewritten is searched in."""
+    named = list(_named(file, range(_footer(file).num_row_groups)))
+    datasets, names = ([each[name] for each in named] for name in ("dataset", "sample_id"))
+    empty = pa.array([], pa.string())
+    return pa.concat_arrays([empty, *datasets]), pa.concat_arrays([empty, *names])
+
+
+def _named(file: _File, groups: Sequence[int]) -> Iterator[pa.RecordBatch]:
+    ends = np.cumsum([0, *(_num_rows(file, group) for group in range(_footer(file).num_row_groups))])
+    with _opened(file, buffer_bytes=0) as (parquet, _):
+        columns = [name for name in ("uri", "dataset", "sample_id") if name in parquet.schema_arrow.names]
+        for group in groups:
+            read = parquet.read_row_group(group, columns=columns, use_threads=False)
+            nothing = pa.nulls(_num_rows(file, group), pa.string())
+            held = [
+                pa.concat_arrays(read[name].chunks) if read[name].num_chunks else nothing for name in columns
+            ]
+            raw = pa.RecordBatch.from_arrays([*held, nothing], [*columns, "nothing"])
+            yield sample_names(Block(ManifestFile.of(file.uri), int(ends[group]), raw))
+
+
+def _group_rows(file: _File, group: int, rows: Rows) -> list[bytes | None]:
+    if media_bytes(_footer(file), group) > LARGE_GROUP_BYTES:
+        return _large_group(file, group).read(rows)
+    column = _small_group(file, group)
     return [column[row].as_py() for row in rows.tolist()]
 
 
@@ -87,15 +203,15 @@ def media_bytes(footer: pq.FileMetaData, group: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def _small_group(uri: str, group: int) -> pa.Array:
-    with _opened(uri, buffer_bytes=0) as (parquet, leaf):
+def _small_group(file: _File, group: int) -> pa.Array:
+    with _opened(file, buffer_bytes=0) as (parquet, leaf):
         rows = parquet.read_row_group(group, columns=[leaf], use_threads=False)
     return pa.concat_arrays([media_column(batch) for batch in rows.to_batches()])
 
 
 @lru_cache(maxsize=1)
-def _large_group(uri: str, group: int) -> "_LargeGroup":
-    return _LargeGroup(uri, group)
+def _large_group(file: _File, group: int) -> "_LargeGroup":
+    return _LargeGroup(file, group)
 
 
 class _LargeGroup:
@@ -105,8 +221,8 @@ class _LargeGroup:
     call from several threads.
     """
 
-    def __init__(self, uri: str, group: int) -> None:
-        self._place = uri, group
+    def __init__(self, file: _File, group: int) -> None:
+        self._place = file, group
         self._lock = threading.Lock()
         self._rewind()
 
@@ -136,36 +252,45 @@ class _LargeGroup:
             self._first += len(self._batch)
             batch = next(self._batches, None)
             if batch is None:
-                raise ManifestError(f"{self._place[0]} has fewer rows than its footer says")
+                raise ManifestError(f"{self._place[0].uri} has fewer rows than its footer says")
             self._batch = batch
         media: bytes | None = self._batch[row - self._first].as_py()
         return media
 
 
-def _batches(uri: str, group: int) -> Iterator[pa.Array]:
-    footer = _footer(uri)
+def _batches(file: _File, group: int) -> Iterator[pa.Array]:
     # A batch is held until rows behind it are wanted: of long media, a few.
-    row_bytes = media_bytes(footer, group) // footer.row_group(group).num_rows + 1
+    row_bytes = media_bytes(_footer(file), group) // _num_rows(file, group) + 1
     num_rows = min(max(_BATCH_BYTES // row_bytes, 1), _MOST_ROWS)
-    with _opened(uri, buffer_bytes=_BUFFER_BYTES) as (parquet, leaf):
+    with _opened(file, buffer_bytes=_BUFFER_BYTES) as (parquet, leaf):
         for batch in parquet.iter_batches(num_rows, row_groups=[group], columns=[leaf], use_threads=False):
             yield media_column(batch)
 
 
 @lru_cache(maxsize=64)
-def _footer(uri: str) -> pq.FileMetaData:
-    with ManifestFile.of(uri).open() as opened:
+def _footer(file: _File) -> pq.FileMetaData:
+    with _open(file) as opened:
         return pq.ParquetFile(opened).metadata
 
 
 @contextmanager
-def _opened(uri: str, *, buffer_bytes: int) -> Iterator[tuple[pq.ParquetFile, str | None]]:
+def _opened(file: _File, *, buffer_bytes: int) -> Iterator[tuple[pq.ParquetFile, str | None]]:
     """The file, and the name of its media.
 
     It is read in this thread: others are waited for longer than one column takes. Without a buffer, a
     column of a row group is read at once.
     """
-    footer = _footer(uri)
-    with ManifestFile.of(uri).open() as opened:
+    footer = _footer(file)
+    with _open(file) as opened:
         parquet = pq.ParquetFile(opened, metadata=footer, buffer_size=buffer_bytes, pre_buffer=False)
         yield parquet, media_leaf(footer.schema.to_arrow_schema())
+
+
+@contextmanager
+def _open(file: _File) -> Iterator[IO[bytes]]:
+    """The file's bytes, which stay those of one version: open files do, and S3 is asked by ETag."""
+    named = ManifestFile.of(file.uri)
+    with named.open() as opened:
+        if named.version() != file.version:
+            raise _ReplacedError
+        yield opened

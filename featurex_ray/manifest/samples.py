@@ -116,6 +116,13 @@ def to_samples(block: Block, *, dataset: str | None, carried: pa.Schema) -> pa.R
     )
 
 
+def sample_names(block: Block) -> pa.RecordBatch:
+    """Which samples the rows are: `dataset` as far as the file says it, and `sample_id`."""
+    uri = _inline_uri(block, block.text("uri"))
+    named = pc.coalesce(block.text("sample_id"), uri)
+    return pa.RecordBatch.from_arrays([block.text("dataset"), named], ["dataset", "sample_id"])
+
+
 def _media(block: Block, named: pa.StringArray) -> tuple[pa.Array, pa.Array, pa.Array]:
     """Where each row's media lies: its URI, and the file and row of inline media."""
     absolute, count = _absolute(named, block.file.uri), block.raw.num_rows
@@ -123,12 +130,17 @@ def _media(block: Block, named: pa.StringArray) -> tuple[pa.Array, pa.Array, pa.
         return absolute, pa.nulls(count, pa.string()), pa.nulls(count, pa.int64())
     has_data = block.has_data
     numbers = pa.array(np.arange(block.first_row, block.first_row + count))
-    inline_name = pc.binary_join_element_wise(block.file.uri, numbers.cast(pa.string()), "#")
     return (
-        pc.if_else(has_data, pc.coalesce(named, inline_name), absolute),
+        pc.if_else(has_data, _inline_uri(block, named), absolute),
         pc.if_else(has_data, block.file.uri, pa.scalar(None, pa.string())),
         pc.if_else(has_data, numbers, pa.scalar(None, pa.int64())),
     )
+
+
+def _inline_uri(block: Block, named: pa.StringArray) -> pa.Array:
+    """What inline media is called: as it is named, or by its place."""
+    numbers = pa.array(np.arange(block.first_row, block.first_row + block.raw.num_rows))
+    return pc.coalesce(named, pc.binary_join_element_wise(block.file.uri, numbers.cast(pa.string()), "#"))
 
 
 class _Notes:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from featurex_ray.contained import ProcessLimits
 from featurex_ray.errors import SampleError
 from featurex_ray.job import Isolation, Partial
-from featurex_ray.manifest import read_inline
+from featurex_ray.manifest import InlineMedia, read_inline
 from featurex_ray.media import nvdec_backend
 from featurex_ray.media.contained import DECODER, ContainedDecoder
 from featurex_ray.media.decoder import DecoderPolicy
@@ -114,7 +114,7 @@ def fetch_media(units: pa.Table, fetcher: Fetcher) -> list[Media | None]:
     """
     keys = _media_keys(units)
     wanted = dict.fromkeys(key for key in keys if key is not None)
-    inline = [key for key in wanted if isinstance(key, tuple)]
+    inline = [key for key in wanted if isinstance(key, InlineMedia)]
     remote = [key for key in wanted if isinstance(key, str)]
     fetched: dict[_Key | None, Media | None] = {None: None}
     for index, media in fetcher.fetch_many(remote):
@@ -123,14 +123,15 @@ def fetch_media(units: pa.Table, fetcher: Fetcher) -> list[Media | None]:
     return [fetched[key] for key in keys]
 
 
-_Key = str | tuple[str, int]  # a URI, or a row of a file of inline media
+_Key = str | InlineMedia  # a URI, or a sample of a manifest file
 
 
 def _media_keys(units: pa.Table) -> list[_Key | None]:
     """What tells one media object from another; None where a unit has failed."""
-    places = (units[name].to_pylist() for name in ("uri", "data_file", "data_row"))
+    names = ("uri", "data_file", "data_row", "dataset", "sample_id")
     keys: list[_Key | None] = [
-        uri if file is None else (file, row) for uri, file, row in zip(*places, strict=True)
+        uri if place[0] is None else InlineMedia(*place)
+        for uri, *place in zip(*(units[name].to_pylist() for name in names), strict=True)
     ]
     if "error" in units.column_names:
         for failed in np.flatnonzero(units["error"].is_valid().to_numpy()):
@@ -138,12 +139,12 @@ def _media_keys(units: pa.Table) -> list[_Key | None]:
     return keys
 
 
-def _read_inline(keys: Sequence[tuple[str, int]]) -> list[Media]:
+def _read_inline(keys: Sequence[InlineMedia]) -> list[Media]:
     start = time.perf_counter()
     media = read_inline(keys)
     seconds = (time.perf_counter() - start) / max(len(keys), 1)
     return [
-        data if isinstance(data, SampleError) else Fetched(data, "inline", attempts=1, seconds=seconds)
+        data if isinstance(data, SampleError) else Fetched(data, "", attempts=1, seconds=seconds)
         for data in media
     ]
 

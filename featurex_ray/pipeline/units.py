@@ -29,6 +29,7 @@ PLANNED = pa.schema(
     [
         pa.field("assignment", pa.int32()),  # which plans this row is work of
         pa.field("plan_row", pa.int32()),  # the sample's row in those plans
+        pa.field("dataset", pa.string()),
         pa.field("sample_id", pa.string()),
         pa.field("uri", pa.string()),
         pa.field("media_type", pa.string()),

@@ -1,6 +1,7 @@
 """Whole runs on a real Ray: from a manifest to tables that other tools read."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from PIL import Image
 
 import featurex_ray as fx
 from featurex_ray.errors import RequestError, RevisionMismatchError
-from featurex_ray.manifest import build_manifest
+from featurex_ray.manifest import build_manifest, read_manifest
 from featurex_ray.media.image import decode_image
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, decode_video
@@ -24,6 +25,8 @@ from featurex_ray.models.embed import Embedder
 from featurex_ray.models.registry import resolve
 from featurex_ray.pipeline.progress import Silent
 from featurex_ray.pipeline.run import plan_only
+from featurex_ray.storage import ReadPolicy
+from featurex_ray.table.store import open_store
 from featurex_ray.table.table import FeatureTable
 from featurex_ray.table.verify import verify_table
 
@@ -185,6 +188,33 @@ def test_inline_media_and_failures_keep_their_neighbours(photos: Path, tmp_path:
     )
     assert sorted(table.failures()["sample_id"].to_pylist()) == ["003", "007"]
     assert report.failure_rate == pytest.approx(2 / 12)
+
+
+def test_a_killed_runs_plan_finds_inline_media_in_a_file_that_was_rewritten(
+    photos: Path, tmp_path: Path
+) -> None:
+    """The night's export writes its rows in another order, and without one of them."""
+    pictures = {f"{i:03d}": path.read_bytes() for i, path in enumerate(sorted(photos.rglob("*.png")))}
+    path, output = tmp_path / "m.parquet", str(tmp_path / "out")
+
+    def write(names: list[str]) -> None:
+        data = [pictures[name] for name in names]
+        pq.write_table(pa.table({"sample_id": names, "data": data, "dataset": ["d"] * len(names)}), path)
+
+    names = list(pictures)
+    write(names[:1])
+    fx.run(job(path, output))
+    write(names)
+    manifest = read_manifest(str(path), policy=ReadPolicy(str(path)))
+    (left,) = FeatureTable.open(open_store(output), "attention_convnet").plan(manifest.batches, run_id="gone")
+    assert left.num_samples == len(names) - 1
+    write(names[:2:-1])
+    report = fx.run(job(path, output))
+    assert report.tables[0].failures_by_code == {"not_found": 2}
+    rows = fx.open_table(f"{output}/attention_convnet").to_arrow().to_pylist()
+    assert {row["sample_id"] for row in rows} == {*names} - {"001", "002"}
+    for row in rows:
+        assert row["media_sha256"] == hashlib.sha256(pictures[row["sample_id"]]).hexdigest()
 
 
 def test_changed_samples_are_done_again_and_new_ones_added(photos: Path, tmp_path: Path) -> None:
