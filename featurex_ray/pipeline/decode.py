@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurex_ray.contained import ProcessLimits
-from featurex_ray.errors import SampleError
+from featurex_ray.errors import FetchError, SampleError
 from featurex_ray.job import Isolation, Partial
 from featurex_ray.manifest import InlineMedia, read_inline
 from featurex_ray.media import nvdec_backend
@@ -47,7 +47,7 @@ from featurex_ray.pipeline.units import (
     peak_bytes,
     to_table,
 )
-from featurex_ray.storage import Fetched, Fetcher, ReadPolicy
+from featurex_ray.storage import Fetched, Fetcher, ReadPolicy, redact
 
 
 @dataclass(frozen=True)
@@ -174,20 +174,22 @@ class CutUnits:
         units = [
             unit
             for row, each in zip(rows, found, strict=True)
-            for unit in _units(row, next(outcomes).outcome if isinstance(each, Fetched) else each)
+            for unit in _units(row, each, next(outcomes).outcome if isinstance(each, Fetched) else each)
         ]
         return to_table(units, CUT)
 
 
-def _units(row: dict[str, Any], outcome: Outcome | None) -> list[dict[str, Any]]:
+def _units(row: dict[str, Any], media: Media | None, outcome: Outcome | None) -> list[dict[str, Any]]:
     """A sample's units: the runs of its clips, or one of the whole sample."""
     if isinstance(outcome, SampleError):
         return [row | WHOLE | {"error": error_struct(outcome)}]
-    if not isinstance(outcome, list) or not outcome:
+    if not isinstance(outcome, list) or not outcome or not isinstance(media, Fetched):
         return [row | WHOLE]
+    etag = _etag(media)
     return [
         row
         | {
+            "cut_etag": etag,
             "unit_index": index,
             "num_units": len(outcome),
             "first_clip": clips.start,
@@ -254,7 +256,7 @@ class DecodeMedia:
         if "unit_index" not in units.column_names:
             units = whole_units(units)
         start = time.perf_counter()
-        media = fetch_media(units, self._fetcher)
+        media = _uncut(units, fetch_media(units, self._fetcher))
         # What fetching took of the actor's time; the objects of a block are fetched at the same time.
         return self.decode(units, media, fetch_seconds=(time.perf_counter() - start) / max(len(units), 1))
 
@@ -297,6 +299,16 @@ class DecodeMedia:
         ]
         order = np.argsort(np.concatenate([images, others]))
         return pa.concat_tables([table, to_table(made, self._made)]).take(pa.array(order))
+
+
+def _uncut(units: pa.Table, media: list[Media | None]) -> list[Media | None]:
+    """The media of units; an error for those that are others than were cut."""
+    for place in np.flatnonzero(units["cut_etag"].is_valid().to_numpy()).tolist():
+        each = media[place]
+        if isinstance(each, Fetched) and _etag(each) != units["cut_etag"][place].as_py():
+            name = redact(units["uri"][place].as_py() or "")
+            media[place] = FetchError("changed", f"{name!r} was replaced while its units were decoded")
+    return media
 
 
 class DecodeSlices(DecodeMedia):
@@ -361,7 +373,7 @@ def _columns_of(media: Media | None, done: Decoded | None) -> dict[str, Any]:
         return {"error": error_struct(media)}
     hashed = _sha256(media.data)
     columns: dict[str, Any] = {
-        "etag": media.etag or hashed,  # of servers that send none: units of two generations must not mix
+        "etag": media.etag or hashed,
         "media_sha256": hashed,
         "fetched_bytes": len(media.data),
     }
@@ -374,6 +386,11 @@ def _columns_of(media: Media | None, done: Decoded | None) -> dict[str, Any]:
     if isinstance(done.outcome, DecodedVideo):
         return columns | _video_columns(done.outcome)
     raise TypeError("units came out where frames were asked for")
+
+
+def _etag(media: Fetched) -> str:
+    """Of servers that send none, and of inline media, the hash: units of two generations must not mix."""
+    return media.etag or _sha256(media.data)
 
 
 def _sha256(data: Buffer) -> str:

@@ -47,6 +47,7 @@ CUT = pa.schema(
         pa.field("num_units", pa.int32()),
         pa.field("first_clip", pa.int32()),  # null: the unit is the whole sample
         pa.field("num_unit_clips", pa.int32()),
+        pa.field("cut_etag", pa.string()),  # of the media that were cut; null: the unit is the whole sample
         pa.field("error", ERROR),
     ]
 )
