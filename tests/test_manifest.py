@@ -243,7 +243,7 @@ class TestColumns:
             (["cat", 2], pa.string()),
             (["007", 2], pa.string()),
             ([None, 3], pa.int64()),
-            ([None, None], pa.string()),
+            ([None, None], pa.null()),
         ],
     )
     def test_label_types(self, tmp_path: Path, labels: list[Any], kind: pa.DataType) -> None:
@@ -272,6 +272,13 @@ class TestColumns:
         manifest, rows = read(tmp_path / "m.parquet", keep_columns=["kept"])
         assert manifest.carried.field("kept").type == kind
         assert [row["kept"] for row in rows] == column.to_pylist()
+
+    def test_lists_that_are_empty_at_first(self, tmp_path: Path) -> None:
+        rows = [{"uri": str(i), "dataset": "d", "boxes": [] if i < 9_000 else [i]} for i in range(9_001)]
+        path = put(f"{tmp_path}/m.jsonl", jsonl_bytes(rows))
+        manifest, found = read(path, keep_columns=["boxes"])
+        assert manifest.carried.field("boxes").type == pa.list_(pa.int64())
+        assert [row["boxes"] for row in found] == [row["boxes"] for row in rows]
 
     def test_numbers_as_names(self, tmp_path: Path) -> None:
         table = pa.table({"uri": ["a"], "dataset": ["d"], "sample_id": [7], "version": [pa.scalar(20261101)]})

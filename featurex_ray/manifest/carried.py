@@ -73,15 +73,17 @@ def observed_type(column: pa.Array, *, is_text: bool) -> pa.DataType:
 
 
 def promote(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """The type that holds the values of both, a string if need be.
+    """The type that holds the values of both, a string if need be. Null is that of no value.
 
     Raises:
-        ManifestError: A list and a scalar, or two different lists.
+        ManifestError: A list and a scalar.
     """
     if one == other or t.is_null(other):
         return one
     if t.is_null(one):
         return other
+    if t.is_list(one) and t.is_list(other):
+        return pa.list_(promote(one.value_type, other.value_type))
     if t.is_nested(one) or t.is_nested(other):
         raise ManifestError(f"is {one} here and {other} there")
     numbers = {one, other} <= {pa.int64(), pa.float64()}
@@ -90,6 +92,8 @@ def promote(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 def carry(column: pa.Array, kind: pa.DataType) -> pa.Array:
     """Values under the type that the whole manifest agreed on."""
+    if t.is_null(kind):
+        return pa.nulls(len(column))
     if isinstance(column.type, pa.BaseExtensionType):
         column = column.storage
     if t.is_dictionary(column.type):

@@ -30,7 +30,7 @@ class Manifest:
         files: What it consists of, by name.
         num_samples: Rows of all files.
         datasets: Samples of each dataset.
-        carried: Columns that travel along, with their types.
+        carried: Columns that travel along, with their types; null where no row has a value.
         warnings: What is odd but no error.
         dataset: The dataset of rows that name none.
     """
@@ -153,7 +153,7 @@ class _Reading:
             files=tuple(files),
             num_samples=self.num_samples,
             datasets=dict(sorted(self._datasets.items())),
-            carried=pa.schema([(n, pa.string() if pa.types.is_null(k) else k) for n, k in carried.items()]),
+            carried=pa.schema(list(carried.items())),
             warnings=tuple(f"column {n!r} is null for the files that lack it" for n in partly),
             dataset=self._dataset,
         )

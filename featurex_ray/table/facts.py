@@ -2,7 +2,7 @@
 
 import base64
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -112,7 +112,8 @@ def agree(store: ObjectStore, facts: TableFacts) -> TableFacts:
     """
     if store.head(facts.keys.facts) is None:
         _refuse_foreign_objects(store, facts)
-        ensure(store, facts.keys.facts, facts.to_json())
+        settled = pa.schema([(item.name, _settled(item.type)) for item in facts.carried])
+        ensure(store, facts.keys.facts, replace(facts, carried=settled).to_json())
     held = read_facts(store, facts.name)
     if held.revision != facts.revision:
         raise RevisionMismatchError(
@@ -131,9 +132,20 @@ def agree(store: ObjectStore, facts: TableFacts) -> TableFacts:
 
 def _holds(held: pa.DataType, new: pa.DataType) -> bool:
     """Whether a column takes values of another type: text takes the numbers that a night of CSV may hold."""
+    if pa.types.is_null(new):
+        return True
+    if pa.types.is_list(held) and pa.types.is_list(new):
+        return _holds(held.value_type, new.value_type)
     if pa.types.is_string(held):
         return not pa.types.is_nested(new)
     return bool(held == new) or (held == pa.float64() and new == pa.int64())
+
+
+def _settled(kind: pa.DataType) -> pa.DataType:
+    """The type of a new table's column; of values that nobody has seen yet, text, which holds most."""
+    if pa.types.is_list(kind):
+        return pa.list_(_settled(kind.value_type))
+    return pa.string() if pa.types.is_null(kind) else kind
 
 
 def _refuse_foreign_objects(store: ObjectStore, facts: TableFacts) -> None:

@@ -294,6 +294,27 @@ def test_a_column_of_text_takes_a_night_of_numbers(table: FeatureTable) -> None:
     assert later.read_plan(plan)["label"].to_pylist() == ["7"]
 
 
+@pytest.mark.parametrize(("kind", "value"), [(pa.int64(), 7), (pa.list_(pa.int64()), [7])])
+def test_a_column_without_values_is_of_any_type(store: ObjectStore, kind: pa.DataType, value: object) -> None:
+    """Which kind of values come is known when the first come; a new table takes text for them."""
+    empty = pa.list_(pa.null()) if pa.types.is_list(kind) else pa.null()
+    facts = replace(FACTS, carried=pa.schema([("label", kind)]))
+    FeatureTable.open_or_create(store, facts)
+    nothing = replace(facts, carried=pa.schema([("label", empty)]))
+    table = FeatureTable.open_or_create(store, nothing)
+    row = {"dataset": "d", "sample_id": "s0001", "uri": "u"}
+    batch = pa.RecordBatch.from_pylist([row], schema=nothing.sample_schema)
+    (plan,) = table.plan(lambda: iter([batch]), run_id="r")
+    assert table.read_plan(plan).schema.field("label").type == kind
+
+    fresh = FeatureTable.open_or_create(store, replace(nothing, name="fresh"))
+    row["label"] = value
+    batch = pa.RecordBatch.from_pylist([row], schema=facts.sample_schema)
+    (plan,) = fresh.plan(lambda: iter([batch]), run_id="r")
+    wanted = [str(each) for each in value] if isinstance(value, list) else str(value)
+    assert fresh.read_plan(plan)["label"].to_pylist() == [wanted]
+
+
 def test_public_objects_without_facts_fails(store: ObjectStore) -> None:
     store.create("t/dataset=d/part-0.parquet", b"somebody else's")
     with pytest.raises(RequestError, match="this is not a table of ours"):
