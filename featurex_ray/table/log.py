@@ -81,15 +81,23 @@ def read_log(store: ObjectStore, facts: TableFacts) -> Log:
     # In this order: what is listed as done has its entry and its objects in the later listings.
     done = {place for item in store.list(keys.done) if (place := numbered(item.key, keys.done))}
     plans = _by_dataset(store, keys.plans)
-    for dataset, numbers in plans.items():
-        if numbers != list(range(len(numbers))):
-            hole = next(n for n, number in enumerate(numbers) if n != number)
-            raise TableDamagedError(
-                f"{store.uri}/{keys.plan(dataset, hole)} is missing, but later plans exist"
-            )
+    if _holes(plans):
+        # A folder's listing may show the second of two entries that were made meanwhile, and not the first.
+        plans = _by_dataset(store, keys.plans)
+    for dataset, hole in _holes(plans):
+        raise TableDamagedError(f"{store.uri}/{keys.plan(dataset, hole)} is missing, but later plans exist")
     failures = _by_dataset(store, keys.failures)
     public = {place for item in store.list(keys.features) if (place := numbered(item.key, keys.features))}
     return Log(plans, done, public, failures)
+
+
+def _holes(plans: dict[str, list[int]]) -> list[tuple[str, int]]:
+    """Of each dataset, the first entry that is missing before others."""
+    return [
+        (dataset, next(n for n, number in enumerate(numbers) if n != number))
+        for dataset, numbers in plans.items()
+        if numbers != list(range(len(numbers)))
+    ]
 
 
 def _by_dataset(store: ObjectStore, prefix: str) -> dict[str, list[int]]:

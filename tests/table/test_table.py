@@ -1,6 +1,7 @@
 import errno
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -23,7 +24,7 @@ from featurex_ray.errors import (
 from featurex_ray.table import FeatureTable, open_store, publish
 from featurex_ray.table.compare import State
 from featurex_ray.table.publish import merge
-from featurex_ray.table.store import ObjectStore
+from featurex_ray.table.store import Listed, ObjectStore
 from featurex_ray.table.verify import verify
 from tests.table.conftest import FACTS, World, content, observed, public_etags, run, stage
 
@@ -388,6 +389,22 @@ def test_damaged_plan_fails(local_table: FeatureTable, num_bytes: int) -> None:
     local_table.store.put(key, local_table.store.read(key)[0][:num_bytes])
     with pytest.raises(TableDamagedError, match=f"{key} can't be read"):
         local_table.compare(World().samples)
+
+
+def test_a_listing_may_show_the_later_of_two_new_plans_only(
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_table.plan(World().samples, run_id="r", max_samples_per_plan=4)
+    hidden = [local_table.facts.keys.plan("d", 1)]
+    real = type(local_table.store).list
+
+    def lists(store: ObjectStore, prefix: str) -> Iterator[Listed]:
+        passed_over = hidden.pop() if hidden and prefix == local_table.facts.keys.plans else None
+        return (item for item in real(store, prefix) if item.key != passed_over)
+
+    monkeypatch.setattr(type(local_table.store), "list", lists)
+    assert local_table.compare(World().samples).open == World().num_samples
+    assert not hidden
 
 
 def test_missing_plan_fails(local_table: FeatureTable) -> None:
