@@ -20,7 +20,13 @@ import pyarrow.compute as pc
 import ray
 
 from featurex_ray.contained import ProcessLimits
-from featurex_ray.errors import RequestError, RunError, StoreUnavailableError, TableNotFoundError
+from featurex_ray.errors import (
+    RefusedUriError,
+    RequestError,
+    RunError,
+    StoreUnavailableError,
+    TableNotFoundError,
+)
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
@@ -219,10 +225,16 @@ def _see_done(
     progress: Progress,
     started: float,
 ) -> None:
-    """Work on what no other run works on, and wait for the rest: never leave before all is done."""
+    """Work on what no other run works on, and wait for the rest: never leave before all is done.
+
+    Raises:
+        RunError: Another run broke off, and left a plan of media that this one may not read.
+    """
     waiting, said = list(assignments), 0
+    refused: list[str] = []
     while waiting := claims.open_ones(waiting):
         mine, waiting = claims.take(waiting)
+        refused += _refuse_what_others_may_read(request, tables, mine, report.run_id)
         if mine:
             connect(request.job)
             _execute(request, tables, mine, report, progress, started)
@@ -231,6 +243,40 @@ def _see_done(
             progress.say(f"waiting for {said} plans that other runs work on")
         else:
             time.sleep(POLL_SECONDS)
+    if refused:
+        raise RunError(refused[0])
+
+
+def _refuse_what_others_may_read(
+    request: Request, tables: Sequence[FeatureTable], mine: list[Assignment], run_id: str
+) -> list[str]:
+    """Take plans out that are another run's and name what this run may not read; why, of each.
+
+    To do them would be to fail their samples, which are none of this run's, for all.
+    """
+    refused = []
+    for assignment in list(mine):
+        index, plan = assignment.leader
+        if plan.run_id == run_id or plan.kind == "prune":
+            continue
+        rows = tables[index].read_plan(plan, columns=["uri", "data_file"])
+        if objection := _objection(request.policy, pc.coalesce(rows["data_file"], rows["uri"])):
+            mine.remove(assignment)
+            refused.append(
+                f"run {plan.run_id} broke off, and its plan {plan.plan_id} holds samples of this manifest "
+                f"beside others that this run may not read: {objection}. Run that one again, or widen this"
+            )
+    return refused
+
+
+def _objection(policy: ReadPolicy, uris: pa.ChunkedArray) -> str | None:
+    """Why the first of some URIs that may not be read may not; None where all may."""
+    for uri in uris.filter(pc.invert(policy.plainly_allowed(uris))).to_pylist():
+        try:
+            policy.check(uri)
+        except RefusedUriError as error:
+            return str(error)
+    return None
 
 
 def plan_only(job: ExtractionJob, *, prune: bool = False) -> list[str]:

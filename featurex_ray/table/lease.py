@@ -24,6 +24,9 @@ STILL_SECONDS = 30.0
 
 BEAT_SECONDS = 5.0
 
+_OVER = -1
+"""The counter of a run that ended, well or not: what it left needs no waiting."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,13 +75,18 @@ class Leases:
         self._held: dict[str, tuple[Lease, str]] = {}  # what was read of others' leases, with its ETag
         self._counters: dict[str, tuple[int, float]] = {}  # of other runs, and since when
         self._beats = 0
+        self._has_claimed = False
 
     def claim(self, plan: Plan) -> bool:
         """Whether this run may work on the plan from now on: nobody else does, or nobody else lives.
 
         Of several runs that claim at the same time one is told so.
         """
-        key = self._facts.keys.lease(plan.dataset, plan.number)
+        claimed = self._claim(self._facts.keys.lease(plan.dataset, plan.number))
+        self._has_claimed |= claimed
+        return claimed
+
+    def _claim(self, key: str) -> bool:
         if key not in self._held and self._create(key):
             return True
         held = self._held.get(key) or self._read(key)
@@ -111,6 +119,9 @@ class Leases:
         finally:
             over.set()
             heart.join()
+            if self._has_claimed:
+                with contextlib.suppress(FeaturexError):
+                    self._store.put(self._facts.keys.beat(self._mine.owner), str(_OVER).encode())
 
     def _beat_until(self, over: threading.Event) -> None:
         while not over.wait(BEAT_SECONDS):
@@ -145,6 +156,8 @@ class Leases:
             counter = int(self._store.read(self._facts.keys.beat(lease.owner))[0])
         except FileNotFoundError:
             counter = 0
+        if counter == _OVER:
+            return True
         seen, since = self._counters.get(lease.owner, (None, 0.0))
         if seen != counter:
             self._counters[lease.owner] = counter, time.monotonic()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 import featurex_ray as fx
-from featurex_ray.errors import RequestError, RevisionMismatchError
+from featurex_ray.errors import RequestError, RevisionMismatchError, RunError
 from featurex_ray.manifest import build_manifest, read_manifest
 from featurex_ray.media.image import decode_image
 from featurex_ray.media.sampling import Sampling
@@ -190,8 +191,18 @@ def test_inline_media_and_failures_keep_their_neighbours(photos: Path, tmp_path:
     assert report.failure_rate == pytest.approx(2 / 12)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table that holds one sample."""
+    folder = tmp_path_factory.mktemp("begun")
+    Image.new("RGB", (40, 40), "red").save(folder / "red.png")
+    (folder / "m.csv").write_text("uri,dataset\nred.png,d\n")
+    fx.run(job(folder / "m.csv", folder / "out"))
+    return folder / "out"
+
+
 def test_a_killed_runs_plan_finds_inline_media_in_a_file_that_was_rewritten(
-    photos: Path, tmp_path: Path
+    photos: Path, begun: Path, tmp_path: Path
 ) -> None:
     """The night's export writes its rows in another order, and without one of them."""
     pictures = {f"{i:03d}": path.read_bytes() for i, path in enumerate(sorted(photos.rglob("*.png")))}
@@ -201,20 +212,46 @@ def test_a_killed_runs_plan_finds_inline_media_in_a_file_that_was_rewritten(
         data = [pictures[name] for name in names]
         pq.write_table(pa.table({"sample_id": names, "data": data, "dataset": ["d"] * len(names)}), path)
 
+    shutil.copytree(begun, output)
     names = list(pictures)
-    write(names[:1])
-    fx.run(job(path, output))
     write(names)
     manifest = read_manifest(str(path), policy=ReadPolicy(str(path)))
     (left,) = FeatureTable.open(open_store(output), "attention_convnet").plan(manifest.batches, run_id="gone")
-    assert left.num_samples == len(names) - 1
+    assert left.num_samples == len(names)
     write(names[:2:-1])
     report = fx.run(job(path, output))
-    assert report.tables[0].failures_by_code == {"not_found": 2}
+    assert report.tables[0].failures_by_code == {"not_found": 3}
     rows = fx.open_table(f"{output}/attention_convnet").to_arrow().to_pylist()
-    assert {row["sample_id"] for row in rows} == {*names} - {"001", "002"}
-    for row in rows:
+    assert {row["sample_id"] for row in rows} == {"red.png", *names[3:]}
+    for row in (row for row in rows if row["sample_id"] in pictures):
         assert row["media_sha256"] == hashlib.sha256(pictures[row["sample_id"]]).hexdigest()
+
+
+def test_a_killed_runs_plan_of_media_that_may_not_be_read_is_left_to_it(
+    photos: Path, begun: Path, tmp_path: Path
+) -> None:
+    """To do it by this run's rules would make failures of samples that are none of its own."""
+    names = [str(path) for path in sorted(photos.rglob("*.png"))]
+
+    def manifest(name: str, uris: list[str]) -> Path:
+        path = tmp_path / f"{name}.csv"
+        path.write_text("uri,dataset\n" + "".join(f"{uri},d\n" for uri in uris))
+        return path
+
+    output = str(tmp_path / "out")
+    shutil.copytree(begun, output)
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(Path(names[1]).read_bytes())
+    theirs = manifest("theirs", [names[1], str(outside)])
+    read = read_manifest(str(theirs), policy=ReadPolicy(str(theirs)))
+    assert FeatureTable.open(open_store(output), "attention_convnet").plan(read.batches, run_id="gone")
+    ours = job(manifest("ours", names[:5]), output, only_prefix=(str(photos),))
+    with pytest.raises(RunError, match=r"run gone broke off.*outside\.png.*--only-prefix"):
+        fx.run(ours)
+    table = fx.open_table(f"{output}/attention_convnet")
+    assert sorted(table.to_arrow()["sample_id"].to_pylist()) == sorted([names[0], *names[2:5], "red.png"])
+    assert len(table.failures()) == 0
+    assert fx.run(dataclasses.replace(ours, only_prefix=())).tables[0].done == 2
 
 
 def test_changed_samples_are_done_again_and_new_ones_added(photos: Path, tmp_path: Path) -> None:

@@ -77,6 +77,14 @@ def test_a_dead_process_is_not_waited_for(table: FeatureTable, plan: Plan) -> No
     assert table.leases("other").claim(plan)
 
 
+def test_a_run_that_ended_is_not_waited_for(table: FeatureTable, plan: Plan) -> None:
+    owner, other = table.leases("owner"), table.leases("other")
+    with owner.beating():
+        assert owner.claim(plan)
+        assert not other.claim(plan)
+    assert other.claim(plan)
+
+
 def test_beating(table: FeatureTable, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
     leases = table.leases("owner")
