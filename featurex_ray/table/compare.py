@@ -6,6 +6,7 @@ temporary files (40 bytes a sample, 32 a planned one), so that manifest and log 
 
 import hashlib
 import itertools
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,9 @@ PARTS = 256
 
 Samples = Callable[[], Iterable[pa.RecordBatch]]
 """Gives the manifest's samples in `sample_schema`, in the same order each time."""
+
+_BEGAN = re.compile(r"\d{8}T\d{6}(?=-)")
+"""How the names of runs begin: with the time of their beginning."""
 
 OWN_TARGET = -1
 """The target of samples that get a new object, named after their plan."""
@@ -182,17 +186,19 @@ class _Part:
         holds = (self.last[rows] == entry) & (self.state[rows] == State.DONE)
         self.state[rows[holds]] = State.FAILED
 
-    def record_versions(self, changed_by: np.ndarray) -> None:
+    def record_versions(self, changed_by: np.ndarray, by_later: np.ndarray) -> None:
         """Notes which rows changed since they were planned.
 
         Null in the manifest is never a change, nor is what a backfill says of a day that is older
-        than the one that the sample was planned from.
+        than the one that the sample was planned from, nor what a later run planned.
 
         Args:
             changed_by: Of each entry, the open one that replaces the same object, or -1.
+            by_later: Of each entry, and at last of none, whether a run that began later made it.
         """
         version, day = self.samples["version"], self.samples["day"]
         differs = (version != 0) & (version != self._version) & ((day == NO_DAY) | (day >= self._day))
+        differs &= ~by_later[self.last]
         self.state[differs & (self.state == State.FAILED)] = State.REVISED
         self.state[differs & (self.state == State.DONE)] = State.CHANGED
         changed = np.flatnonzero(self.state == State.CHANGED)
@@ -236,8 +242,15 @@ class Comparison:
         return self.state[start:stop], target, last_plan
 
 
-def compare(store: ObjectStore, facts: TableFacts, samples: Samples) -> Comparison:
+def compare(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_id: str = "") -> Comparison:
     """Looks the manifest's samples up in the log; writes nothing but temporary files.
+
+    Args:
+        store: Where the table lies.
+        facts: The table's.
+        samples: The manifest's.
+        run_id: Of the run that asks. What a run planned that began later stands, whatever this one's manifest
+            says of versions: else two that overlap would undo each other's work without end.
 
     Raises:
         TableDamagedError: An entry can't be read, or a done plan's object is missing.
@@ -250,9 +263,11 @@ def compare(store: ObjectStore, facts: TableFacts, samples: Samples) -> Comparis
     for each in records:
         held.append(each)
         if sum(map(len, held)) > IN_MEMORY:
-            by_parts = _compare_by_parts(store, facts, log, itertools.chain(held, records), datasets)
+            by_parts = _compare_by_parts(
+                store, facts, log, itertools.chain(held, records), datasets, run_id=run_id
+            )
             return replace(by_parts, fingerprints=fingerprints)
-    entries = _Entries(store, facts, log, datasets)
+    entries = _Entries(store, facts, log, datasets, run_id)
     part = _Part(np.concatenate([np.zeros(0, _SAMPLE), *held]))
     entries.read_plans(part.record_planned)
     entries.read_failures(part.record_failed)
@@ -277,6 +292,8 @@ def _compare_by_parts(
     log: Log,
     records: Iterator[np.ndarray],
     datasets: dict[str, int],
+    *,
+    run_id: str,
 ) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="featurex-compare-") as folder, ExitStack() as stack:
         samples = _Spilled(Path(folder), "samples", _SAMPLE, stack)
@@ -284,7 +301,7 @@ def _compare_by_parts(
         for each in records:
             samples.add(each)
             num_rows += len(each)
-        entries = _Entries(store, facts, log, datasets)
+        entries = _Entries(store, facts, log, datasets, run_id)
         planned, failed = (_Spilled(Path(folder), n, _PLANNED, stack) for n in ("planned", "failed"))
         entries.read_plans(planned.add)
         entries.read_failures(failed.add)
@@ -302,8 +319,10 @@ def _compare_by_parts(
 class _Entries:
     """The plans of the manifest's datasets, as they are read, in the log's order."""
 
-    def __init__(self, store: ObjectStore, facts: TableFacts, log: Log, datasets: Iterable[str]) -> None:
-        self._store, self._facts, self.log = store, facts, log
+    def __init__(
+        self, store: ObjectStore, facts: TableFacts, log: Log, datasets: Iterable[str], run_id: str
+    ) -> None:
+        self._store, self._facts, self.log, self._run_id = store, facts, log, run_id
         self.datasets = list(datasets)
         self.plans: list[Plan] = []
         self._place: dict[tuple[str, int], int] = {}
@@ -362,6 +381,12 @@ class _Entries:
         }
         return np.array([changing.get((p.dataset, p.target), -1) for p in self.plans], np.int32)
 
+    def by_later(self) -> np.ndarray:
+        """(E + 1,) bool: of each entry, and at last of none, whether a run that began later made it."""
+        ours = _BEGAN.match(self._run_id)
+        others = [_BEGAN.match(plan.run_id) for plan in self.plans]
+        return np.array([bool(ours and other and other[0] > ours[0]) for other in others] + [False])
+
     def open_plans(self, named: set[int]) -> list[Plan]:
         """Of these entries, those that are open; sorted."""
         plans = [self.plans[entry] for entry in named]
@@ -404,7 +429,7 @@ def _days(column: pa.Array) -> np.ndarray:
 def _compared(entries: _Entries, parts: Iterable[_Part], num_rows: int) -> Comparison:
     """What all parts say, in the manifest's order."""
     states = np.zeros(num_rows, np.uint8)
-    changed_by = entries.changed_by()
+    changed_by, by_later = entries.changed_by(), entries.by_later()
     targets = np.array([plan.target for plan in entries.plans], np.int32)
     numbers = np.array([plan.number for plan in entries.plans], np.int32)
     changed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -412,7 +437,7 @@ def _compared(entries: _Entries, parts: Iterable[_Part], num_rows: int) -> Compa
     to_do: Counter[tuple[str, int]] = Counter()
     named: set[int] = set()
     for part in parts:
-        part.record_versions(changed_by)
+        part.record_versions(changed_by, by_later)
         row, dataset, state = part.samples["row"], part.samples["dataset"], part.state
         target = np.full(len(row), OWN_TARGET, np.int32)
         moves = state == State.CHANGED

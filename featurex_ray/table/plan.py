@@ -66,7 +66,7 @@ def make_plans(
         ManifestError: A sample occurs twice.
         RunError: The manifest changed meanwhile.
     """
-    seen = compare(store, facts, samples)
+    seen = compare(store, facts, samples, run_id=run_id)
     planner = Planner(store, facts, seen.log, run_id=run_id, mattering=seen.open_plans)
     for (dataset, target), rows in _groups(facts, seen, samples, max_samples_per_plan):
         left = most_new_samples - planner.num_new_samples

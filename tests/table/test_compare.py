@@ -52,6 +52,22 @@ def test_changed_samples_by_parts(local_table: FeatureTable, monkeypatch: pytest
     assert compare(local_table.store, FACTS, changed.samples).work.done == 22
 
 
+@pytest.mark.parametrize("in_memory", [7, 1_000])
+def test_what_a_later_run_planned_stands(
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
+    """Two that overlap, with manifests of two nights, would undo each other's work without end."""
+    monkeypatch.setattr(comparing, "IN_MEMORY", in_memory)
+    yesterday, today = World(num_samples=20, version="1"), World(num_samples=20, version="2")
+    run(local_table, yesterday, run_id="20260101T220000-aaaaaa")
+    run(local_table, today, run_id="20260102T220000-bbbbbb")
+    assert local_table.plan(yesterday.samples, run_id="20260101T220000-aaaaaa") == []
+    # Who begins after both may put the old version back, as who rolls a manifest back wants it.
+    plans = local_table.plan(yesterday.samples, run_id="20260103T220000-cccccc")
+    assert {plan.kind for plan in plans} == {"changed"}
+    assert sum(plan.num_samples for plan in plans) == 20
+
+
 def test_a_large_manifest_is_planned_in_rounds(local_table: FeatureTable) -> None:
     world = World(num_samples=20)
     plans = local_table.plan(world.samples, run_id="one", max_samples_per_plan=4, most_new_samples=10)
