@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurex_ray.errors import FetchError, ManifestError, StoreUnavailableError
+from featurex_ray.errors import FeaturexError, FetchError, ManifestError, StoreUnavailableError
 from featurex_ray.manifest.files import ManifestFile, explained
 from featurex_ray.manifest.formats import media_column, media_leaf
 from featurex_ray.manifest.samples import Block, sample_names
@@ -50,10 +50,6 @@ class InlineMedia(NamedTuple):
     sample_id: str
 
 
-class _ReplacedError(Exception):
-    """The file is another one by now."""
-
-
 def read_inline(media: Sequence[InlineMedia]) -> list[bytes | FetchError]:
     """Reads the inline media of some samples.
 
@@ -78,17 +74,27 @@ def read_inline(media: Sequence[InlineMedia]) -> list[bytes | FetchError]:
 
 def _read_file(uri: str, media: Sequence[InlineMedia]) -> list[tuple[int, bytes | FetchError]]:
     """Positions in `media` with their bytes, or why there are none."""
-    for _ in range(_ATTEMPTS):
+    try:
+        with explained(uri):
+            return _read_some_version(ManifestFile.of(uri), media)
+    except StoreUnavailableError as error:
+        raise FetchError("unavailable", str(error)) from error
+    except (ManifestError, pa.ArrowException) as error:
+        raise FetchError("not_found", str(error)) from error
+
+
+def _read_some_version(
+    file: ManifestFile, media: Sequence[InlineMedia]
+) -> list[tuple[int, bytes | FetchError]]:
+    for _ in range(_ATTEMPTS - 1):
+        version = file.version()
         try:
-            with explained(uri):
-                return list(_File(uri, ManifestFile.of(uri).version()).read(media))
-        except _ReplacedError:
-            continue
-        except StoreUnavailableError as error:
-            raise FetchError("unavailable", str(error)) from error
-        except (ManifestError, pa.ArrowException) as error:
-            raise FetchError("not_found", str(error)) from error
-    raise FetchError("unavailable", f"{redact(uri)} was replaced each time that it was read")
+            return list(_File(file.uri, version).read(media))
+        except (OSError, pa.ArrowException, FeaturexError):
+            if file.version() == version:
+                raise
+            # Whatever reading came to, of a file that was replaced meanwhile it says nothing.
+    return list(_File(file.uri, file.version()).read(media))
 
 
 class _File(NamedTuple):
@@ -180,10 +186,8 @@ def _named(file: _File, groups: Sequence[int]) -> Iterator[pa.RecordBatch]:
         columns = [name for name in ("uri", "dataset", "sample_id") if name in parquet.schema_arrow.names]
         for group in groups:
             read = parquet.read_row_group(group, columns=columns, use_threads=False)
-            nothing = pa.nulls(_num_rows(file, group), pa.string())
-            held = [
-                pa.concat_arrays(read[name].chunks) if read[name].num_chunks else nothing for name in columns
-            ]
+            nothing = pa.nulls(_num_rows(file, group))  # without a column, a batch would be of no rows
+            held = [read[name].combine_chunks() for name in columns]
             raw = pa.RecordBatch.from_arrays([*held, nothing], [*columns, "nothing"])
             yield sample_names(Block(ManifestFile.of(file.uri), int(ends[group]), raw))
 
@@ -292,5 +296,5 @@ def _open(file: _File) -> Iterator[IO[bytes]]:
     named = ManifestFile.of(file.uri)
     with named.open() as opened:
         if named.version() != file.version:
-            raise _ReplacedError
+            raise StoreUnavailableError(f"{redact(file.uri)} was replaced while it was read")
         yield opened

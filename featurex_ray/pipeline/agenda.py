@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from featurex_ray.errors import RefusedUriError, RequestError
 from featurex_ray.storage import ReadPolicy
-from featurex_ray.table.log import Plan
+from featurex_ray.table.log import Beginning, Plan
 from featurex_ray.table.table import FeatureTable
 
 FIRST_SAMPLES = 1_000
@@ -121,15 +121,19 @@ class ManifestAgenda:
     prune: bool = False
     budget: Budget | None = None
     _settled: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    _began: dict[str, Beginning] = field(default_factory=dict, init=False)
 
     def plans(self, table: FeatureTable, *, run_id: str) -> list[Plan]:
         """What is new or changed, then what is gone."""
         most = self.budget.left if self.budget else None
         if most == 0:
             return []
+        if table.facts.name not in self._began:
+            self._began[table.facts.name] = table.beginning(run_id)
         plans = [] if self._is_settled(table) else self._plan(table, run_id, most)
         if not plans and self.prune:
-            plans = table.plan_prune(self.samples.batches, run_id=run_id)
+            began = self._began[table.facts.name]
+            plans = table.plan_prune(self.samples.batches, run_id=run_id, began=began)
         return self.budget.take(plans) if self.budget else plans
 
     def _plan(self, table: FeatureTable, run_id: str, most_samples: int | None) -> list[Plan]:
@@ -138,6 +142,7 @@ class ManifestAgenda:
             run_id=run_id,
             max_samples_per_plan=self.max_samples_per_plan,
             most_samples=most_samples,
+            began=self._began[table.facts.name],
         )
         ours = [plan for plan in plans if plan.run_id == run_id]
         if sum(plan.num_samples for plan in ours) == self.samples.num_samples and self.budget is None:

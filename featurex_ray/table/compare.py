@@ -6,7 +6,6 @@ temporary files (40 bytes a sample, 32 a planned one), so that manifest and log 
 
 import hashlib
 import itertools
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ import pyarrow.compute as pc
 from featurex_ray.errors import ReplacedError, StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, hash_versions
-from featurex_ray.table.log import Log, Plan, open_parquet, open_plan, read_log
+from featurex_ray.table.log import Beginning, Log, Plan, open_parquet, open_plan, read_log
 from featurex_ray.table.store import ObjectStore, attempts
 
 IN_MEMORY = 1_000_000
@@ -34,9 +33,6 @@ PARTS = 256
 
 Samples = Callable[[], Iterable[pa.RecordBatch]]
 """Gives the manifest's samples in `sample_schema`, in the same order each time."""
-
-_BEGAN = re.compile(r"\d{8}T\d{6}(?=-)")
-"""How the names of runs begin: with the time of their beginning."""
 
 OWN_TARGET = -1
 """The target of samples that get a new object, named after their plan."""
@@ -242,15 +238,16 @@ class Comparison:
         return self.state[start:stop], target, last_plan
 
 
-def compare(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_id: str = "") -> Comparison:
+def compare(
+    store: ObjectStore, facts: TableFacts, samples: Samples, *, began: Beginning | None = None
+) -> Comparison:
     """Looks the manifest's samples up in the log; writes nothing but temporary files.
 
     Args:
         store: Where the table lies.
         facts: The table's.
         samples: The manifest's.
-        run_id: Of the run that asks. What a run planned that began later stands, whatever this one's manifest
-            says of versions: else two that overlap would undo each other's work without end.
+        began: What the run found that asks; what a later one planned since is no change.
 
     Raises:
         TableDamagedError: An entry can't be read, or a done plan's object is missing.
@@ -263,11 +260,9 @@ def compare(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_id: 
     for each in records:
         held.append(each)
         if sum(map(len, held)) > IN_MEMORY:
-            by_parts = _compare_by_parts(
-                store, facts, log, itertools.chain(held, records), datasets, run_id=run_id
-            )
+            by_parts = _compare_by_parts(store, facts, log, itertools.chain(held, records), datasets, began)
             return replace(by_parts, fingerprints=fingerprints)
-    entries = _Entries(store, facts, log, datasets, run_id)
+    entries = _Entries(store, facts, log, datasets, began)
     part = _Part(np.concatenate([np.zeros(0, _SAMPLE), *held]))
     entries.read_plans(part.record_planned)
     entries.read_failures(part.record_failed)
@@ -292,8 +287,7 @@ def _compare_by_parts(
     log: Log,
     records: Iterator[np.ndarray],
     datasets: dict[str, int],
-    *,
-    run_id: str,
+    began: Beginning | None,
 ) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="featurex-compare-") as folder, ExitStack() as stack:
         samples = _Spilled(Path(folder), "samples", _SAMPLE, stack)
@@ -301,7 +295,7 @@ def _compare_by_parts(
         for each in records:
             samples.add(each)
             num_rows += len(each)
-        entries = _Entries(store, facts, log, datasets, run_id)
+        entries = _Entries(store, facts, log, datasets, began)
         planned, failed = (_Spilled(Path(folder), n, _PLANNED, stack) for n in ("planned", "failed"))
         entries.read_plans(planned.add)
         entries.read_failures(failed.add)
@@ -320,9 +314,14 @@ class _Entries:
     """The plans of the manifest's datasets, as they are read, in the log's order."""
 
     def __init__(
-        self, store: ObjectStore, facts: TableFacts, log: Log, datasets: Iterable[str], run_id: str
+        self,
+        store: ObjectStore,
+        facts: TableFacts,
+        log: Log,
+        datasets: Iterable[str],
+        began: Beginning | None,
     ) -> None:
-        self._store, self._facts, self.log, self._run_id = store, facts, log, run_id
+        self._store, self._facts, self.log, self._began = store, facts, log, began
         self.datasets = list(datasets)
         self.plans: list[Plan] = []
         self._place: dict[tuple[str, int], int] = {}
@@ -383,9 +382,8 @@ class _Entries:
 
     def by_later(self) -> np.ndarray:
         """(E + 1,) bool: of each entry, and at last of none, whether a run that began later made it."""
-        ours = _BEGAN.match(self._run_id)
-        others = [_BEGAN.match(plan.run_id) for plan in self.plans]
-        return np.array([bool(ours and other and other[0] > ours[0]) for other in others] + [False])
+        began = self._began
+        return np.array([began is not None and began.is_by_later(plan) for plan in self.plans] + [False])
 
     def open_plans(self, named: set[int]) -> list[Plan]:
         """Of these entries, those that are open; sorted."""

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -69,6 +70,33 @@ class Log:
     def next_number(self, dataset: str) -> int:
         """The first number that is free."""
         return len(self.plans.get(dataset, ()))
+
+
+_BEGAN = re.compile(r"\d{8}T\d{6}(?=-)")
+"""How the names of runs begin: with the time of their beginning."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run found of a table's log when it began.
+
+    Two runs that overlap may have manifests of two nights. What the one that began later plans stands:
+    else each would take the other's versions for changes, plan its own again, and neither could end.
+
+    Args:
+        run_id: The run.
+        num_plans: Entries by dataset.
+    """
+
+    run_id: str
+    num_plans: Mapping[str, int]
+
+    def is_by_later(self, plan: Plan) -> bool:
+        """Whether a run made the plan that began later than this one, which ran by then."""
+        ours, theirs = (_BEGAN.match(run_id) for run_id in (self.run_id, plan.run_id))
+        later = ours is not None and theirs is not None and theirs[0] > ours[0]
+        # By clocks alone, a host whose clock is ahead would be right for hours.
+        return later and plan.number >= self.num_plans.get(plan.dataset, 0)
 
 
 def read_log(store: ObjectStore, facts: TableFacts) -> Log:

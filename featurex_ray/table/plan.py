@@ -26,7 +26,7 @@ from featurex_ray.table.compare import (
 )
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, hash_samples
-from featurex_ray.table.log import Kind, Log, Plan, encode_plan, open_plan
+from featurex_ray.table.log import Beginning, Kind, Log, Plan, encode_plan, open_plan
 from featurex_ray.table.store import ObjectStore, ensure
 
 MAX_SAMPLES_PER_PLAN = 250_000
@@ -47,6 +47,7 @@ def make_plans(
     max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN,
     most_samples: int | None = None,
     most_new_samples: int = PLANNED_AT_ONCE,
+    began: Beginning | None = None,
 ) -> list[Plan]:
     """Plans what is to do, and returns the open plans that matter to the samples, whoever made them.
 
@@ -61,12 +62,13 @@ def make_plans(
         max_samples_per_plan: Of plans that make a new object.
         most_samples: Stop planning once open plans hold so many samples, whoever made them; None for no end.
         most_new_samples: Or once those that this call makes do.
+        began: What the run found when it began.
 
     Raises:
         ManifestError: A sample occurs twice.
         RunError: The manifest changed meanwhile.
     """
-    seen = compare(store, facts, samples, run_id=run_id)
+    seen = compare(store, facts, samples, began=began)
     planner = Planner(store, facts, seen.log, run_id=run_id, mattering=seen.open_plans)
     for (dataset, target), rows in _groups(facts, seen, samples, max_samples_per_plan):
         left = most_new_samples - planner.num_new_samples

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from featurex_ray.table.compare import Samples
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, last_of_each
-from featurex_ray.table.log import Log, Plan, open_parquet, open_plan, read_log
+from featurex_ray.table.log import Beginning, Log, Plan, open_parquet, open_plan, read_log
 from featurex_ray.table.plan import FAILED_IN, Planner, as_media_lie
 from featurex_ray.table.store import ObjectStore
 
@@ -44,11 +44,13 @@ class Gone:
             yield dataset, target, named
 
 
-def find_gone(store: ObjectStore, facts: TableFacts, samples: Samples) -> Gone:
-    """Looks for samples that left the manifest; writes nothing."""
+def find_gone(
+    store: ObjectStore, facts: TableFacts, samples: Samples, *, began: Beginning | None = None
+) -> Gone:
+    """Looks for samples that left the manifest, but those that a later run planned since; writes nothing."""
     gone = Gone(read_log(store, facts))
     for dataset, index in _indexes(samples).items():
-        _find_in(store, facts, gone, dataset, index)
+        _find_in(store, facts, gone, dataset, index, began)
     return gone
 
 
@@ -61,7 +63,14 @@ def _indexes(samples: Samples) -> dict[str, IdIndex]:
     return {dataset: IdIndex(np.concatenate(found)) for dataset, found in hashes.items()}
 
 
-def _find_in(store: ObjectStore, facts: TableFacts, gone: Gone, dataset: str, index: IdIndex) -> None:
+def _find_in(
+    store: ObjectStore,
+    facts: TableFacts,
+    gone: Gone,
+    dataset: str,
+    index: IdIndex,
+    began: Beginning | None,
+) -> None:
     plans: list[Plan] = []
     hashes = [np.zeros((0, 2), np.uint64)]
     for number in gone.log.plans.get(dataset, ()):
@@ -75,6 +84,8 @@ def _find_in(store: ObjectStore, facts: TableFacts, gone: Gone, dataset: str, in
     waiting: set[int] = set()
     for number in np.unique(last).tolist():
         plan = plans[number]
+        if began is not None and began.is_by_later(plan):
+            continue
         if _is_open(gone.log, plan) or (plan.kind != "prune" and plan.target in changing):
             waiting.add(plan.target)
         elif plan.kind != "prune":
@@ -86,7 +97,14 @@ def _is_open(log: Log, plan: Plan) -> bool:
     return (plan.dataset, plan.number) not in log.done
 
 
-def plan_prune(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_id: str) -> list[Plan]:
+def plan_prune(
+    store: ObjectStore,
+    facts: TableFacts,
+    samples: Samples,
+    *,
+    run_id: str,
+    began: Beginning | None = None,
+) -> list[Plan]:
     """Plans to take what left the manifest out of the table, one plan for each object that holds some.
 
     Call again once the returned plans are done, until none is returned.
@@ -94,7 +112,7 @@ def plan_prune(store: ObjectStore, facts: TableFacts, samples: Samples, *, run_i
     Returns:
         The plans, and open ones of other runs that have to be done first.
     """
-    gone = find_gone(store, facts, samples)
+    gone = find_gone(store, facts, samples, began=began)
     planner = Planner(store, facts, gone.log, run_id=run_id, mattering=gone.open_plans)
     for dataset, target, named in gone.by_target():
         rows = [_planned_rows(store, facts, dataset, number, ids) for number, ids in named.items()]

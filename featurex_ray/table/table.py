@@ -20,7 +20,7 @@ from featurex_ray.table.compare import Samples, Work, all_new, compare
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.layout import numbered
 from featurex_ray.table.lease import Leases
-from featurex_ray.table.log import Plan, open_plan, read_log, read_plan
+from featurex_ray.table.log import Beginning, Plan, open_plan, read_log, read_plan
 from featurex_ray.table.plan import MAX_SAMPLES_PER_PLAN, PLANNED_AT_ONCE, make_plans
 from featurex_ray.table.publish import Published
 from featurex_ray.table.retry import Allowed, Failed
@@ -79,6 +79,7 @@ class FeatureTable:
         max_samples_per_plan: int = MAX_SAMPLES_PER_PLAN,
         most_samples: int | None = None,
         most_new_samples: int = PLANNED_AT_ONCE,
+        began: Beginning | None = None,
     ) -> list[Plan]:
         """Plans what is to do; every open plan that matters to the samples, whoever made it.
 
@@ -97,7 +98,13 @@ class FeatureTable:
             max_samples_per_plan=max_samples_per_plan,
             most_samples=most_samples,
             most_new_samples=most_new_samples,
+            began=began,
         )
+
+    def beginning(self, run_id: str) -> Beginning:
+        """What a run that begins now finds: what later ones plan meanwhile it leaves as it is."""
+        log = read_log(self.store, self.facts)
+        return Beginning(run_id, {dataset: len(numbers) for dataset, numbers in log.plans.items()})
 
     def has_no_plan_after(self, last: Mapping[str, int]) -> bool:
         """Whether these are the numbers of their datasets' last plans."""
@@ -108,9 +115,9 @@ class FeatureTable:
         """Samples of the manifest's datasets that it doesn't name any more; writes nothing."""
         return prune.find_gone(self.store, self.facts, samples).num_samples
 
-    def plan_prune(self, samples: Samples, *, run_id: str) -> list[Plan]:
+    def plan_prune(self, samples: Samples, *, run_id: str, began: Beginning | None = None) -> list[Plan]:
         """Plans to remove what left the manifest; call again once they are done, until none comes."""
-        return prune.plan_prune(self.store, self.facts, samples, run_id=run_id)
+        return prune.plan_prune(self.store, self.facts, samples, run_id=run_id, began=began)
 
     def failed(self, *, codes: Sequence[str] = (), dataset: str | None = None) -> Failed:
         """The samples that failed, of some codes or all; writes nothing."""

@@ -59,11 +59,16 @@ def test_what_a_later_run_planned_stands(
     """Two that overlap, with manifests of two nights, would undo each other's work without end."""
     monkeypatch.setattr(comparing, "IN_MEMORY", in_memory)
     yesterday, today = World(num_samples=20, version="1"), World(num_samples=20, version="2")
-    run(local_table, yesterday, run_id="20260101T220000-aaaaaa")
-    run(local_table, today, run_id="20260102T220000-bbbbbb")
-    assert local_table.plan(yesterday.samples, run_id="20260101T220000-aaaaaa") == []
-    # Who begins after both may put the old version back, as who rolls a manifest back wants it.
-    plans = local_table.plan(yesterday.samples, run_id="20260103T220000-cccccc")
+    older, newer = "20260101T220000-aaaaaa", "20260102T220000-bbbbbb"
+    began = local_table.beginning(older)
+    run(local_table, yesterday, run_id=older)
+    run(local_table, today, run_id=newer)
+    assert local_table.plan(yesterday.samples, run_id=older, began=began) == []
+    few = World(num_samples=5, version="1")
+    assert local_table.plan_prune(few.samples, run_id=older, began=began) == []
+
+    # Who begins after both may put the old version back, even by a clock that is behind.
+    plans = local_table.plan(yesterday.samples, run_id=older, began=local_table.beginning(older))
     assert {plan.kind for plan in plans} == {"changed"}
     assert sum(plan.num_samples for plan in plans) == 20
 
