@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurex_ray.errors import ManifestError, RefusedUriError
+from featurex_ray.errors import ManifestError
 from featurex_ray.manifest.carried import carry
 from featurex_ray.manifest.files import ManifestFile
 from featurex_ray.manifest.formats import DATA
@@ -89,6 +89,11 @@ class Block:
         return pc.if_else(pc.match_substring_regex(text, _NUMBER_PATTERN), text, "nan").cast(pa.float64())
 
     @property
+    def numbers(self) -> pa.Int64Array:
+        """The rows' places in the file."""
+        return pa.array(np.arange(self.first_row, self.first_row + self.raw.num_rows))
+
+    @property
     def has_data(self) -> pa.BooleanArray:
         """Which rows bring their media with them."""
         return pc.fill_null(self.column(DATA).cast(pa.bool_()), False)
@@ -129,18 +134,17 @@ def _media(block: Block, named: pa.StringArray) -> tuple[pa.Array, pa.Array, pa.
     if DATA not in block.raw.schema.names:
         return absolute, pa.nulls(count, pa.string()), pa.nulls(count, pa.int64())
     has_data = block.has_data
-    numbers = pa.array(np.arange(block.first_row, block.first_row + count))
     return (
         pc.if_else(has_data, _inline_uri(block, named), absolute),
         pc.if_else(has_data, block.file.uri, pa.scalar(None, pa.string())),
-        pc.if_else(has_data, numbers, pa.scalar(None, pa.int64())),
+        pc.if_else(has_data, block.numbers, pa.scalar(None, pa.int64())),
     )
 
 
 def _inline_uri(block: Block, named: pa.StringArray) -> pa.Array:
     """What inline media is called: as it is named, or by its place."""
-    numbers = pa.array(np.arange(block.first_row, block.first_row + block.raw.num_rows))
-    return pc.coalesce(named, pc.binary_join_element_wise(block.file.uri, numbers.cast(pa.string()), "#"))
+    numbers = block.numbers.cast(pa.string())
+    return pc.coalesce(named, pc.binary_join_element_wise(block.file.uri, numbers, "#"))
 
 
 class _Notes:
@@ -205,8 +209,8 @@ def _check_uris(block: Block, uris: pa.StringArray, policy: ReadPolicy, notes: _
     unclear = pc.indices_nonzero(pc.and_(pc.invert(policy.plainly_allowed(uris)), pc.is_valid(uris)))
     refused: dict[int, str] = {}
     for row in unclear.to_pylist():
-        if objection := _objection(uris[row].as_py(), block.file, policy):
-            refused[row] = objection
+        if refusal := policy.refusal(resolve(uris[row].as_py(), relative_to=block.file.uri)):
+            refused[row] = refusal
     if refused:
         rows = pa.array(range(len(uris)), pa.int64())
         notes.note(pc.is_in(rows, pa.array(refused, pa.int64())), refused.__getitem__)
@@ -239,11 +243,3 @@ def _absolute(uris: pa.StringArray, manifest_file: str) -> pa.StringArray:
         return uris
     found = [None if uri is None else resolve(uri, relative_to=manifest_file) for uri in uris.to_pylist()]
     return pa.array(found, pa.string())
-
-
-def _objection(uri: str, file: ManifestFile, policy: ReadPolicy) -> str | None:
-    try:
-        policy.check(resolve(uri, relative_to=file.uri))
-    except RefusedUriError as error:
-        return str(error)
-    return None

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from featurex_ray.errors import RefusedUriError, RequestError
+from featurex_ray.errors import RequestError
 from featurex_ray.storage import ReadPolicy
 from featurex_ray.table.log import Beginning, Plan
 from featurex_ray.table.table import FeatureTable
@@ -212,13 +212,6 @@ class RetryAgenda:
     def _allowed(self, rows: pa.Table) -> np.ndarray:
         """(N,) bool; of inline media, the file that holds it is what is read."""
         reads = [row["data_file"] or row["uri"] for row in rows.select(["data_file", "uri"]).to_pylist()]
-        refusals = [self._refusal(uri) for uri in reads]
+        refusals = [self.policy.refusal(uri) for uri in reads]
         self.refused += [refusal for refusal in refusals if refusal]
         return np.array([refusal is None for refusal in refusals], bool)
-
-    def _refusal(self, uri: str) -> str | None:
-        try:
-            self.policy.check(uri)
-        except RefusedUriError as error:
-            return str(error)
-        return None

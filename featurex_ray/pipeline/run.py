@@ -20,13 +20,7 @@ import pyarrow.compute as pc
 import ray
 
 from featurex_ray.contained import ProcessLimits
-from featurex_ray.errors import (
-    RefusedUriError,
-    RequestError,
-    RunError,
-    StoreUnavailableError,
-    TableNotFoundError,
-)
+from featurex_ray.errors import RequestError, RunError, StoreUnavailableError, TableNotFoundError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.decoder import DecoderPolicy
@@ -260,23 +254,15 @@ def _refuse_what_others_may_read(
         if plan.run_id == run_id or plan.kind == "prune":
             continue
         rows = tables[index].read_plan(plan, columns=["uri", "data_file"])
-        if objection := _objection(request.policy, pc.coalesce(rows["data_file"], rows["uri"])):
+        uris = pc.coalesce(rows["data_file"], rows["uri"])
+        unclear = uris.filter(pc.invert(request.policy.plainly_allowed(uris))).to_pylist()
+        if refusal := next(filter(None, map(request.policy.refusal, unclear)), None):
             mine.remove(assignment)
             refused.append(
                 f"run {plan.run_id} broke off, and its plan {plan.plan_id} holds samples of this manifest "
-                f"beside others that this run may not read: {objection}. Run that one again, or widen this"
+                f"beside others that this run may not read: {refusal}. Run that one again, or widen this"
             )
     return refused
-
-
-def _objection(policy: ReadPolicy, uris: pa.ChunkedArray) -> str | None:
-    """Why the first of some URIs that may not be read may not; None where all may."""
-    for uri in uris.filter(pc.invert(policy.plainly_allowed(uris))).to_pylist():
-        try:
-            policy.check(uri)
-        except RefusedUriError as error:
-            return str(error)
-    return None
 
 
 def plan_only(job: ExtractionJob, *, prune: bool = False) -> list[str]:

@@ -83,6 +83,14 @@ class ReadPolicy:
         if reason:
             raise RefusedUriError(f"{redact(uri)!r} is refused: {reason}")
 
+    def refusal(self, uri: str) -> str | None:
+        """Why `check` refuses a URI; None where it passes."""
+        try:
+            self.check(uri)
+        except RefusedUriError as error:
+            return str(error)
+        return None
+
     def check_opened(self, location: Location, real_path: str) -> None:
         """Refuses a local file whose symlinks lead out of what may be read.
 

@@ -119,6 +119,11 @@ def read_log(store: ObjectStore, facts: TableFacts) -> Log:
     return Log(plans, done, public, failures)
 
 
+def num_entries(store: ObjectStore, facts: TableFacts) -> dict[str, int]:
+    """How many entries the log has, by dataset; one listing."""
+    return {dataset: numbers[-1] + 1 for dataset, numbers in _by_dataset(store, facts.keys.plans).items()}
+
+
 def _holes(plans: dict[str, list[int]]) -> list[tuple[str, int]]:
     """Of each dataset, the first entry that is missing before others."""
     return [

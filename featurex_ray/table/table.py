@@ -20,7 +20,7 @@ from featurex_ray.table.compare import Samples, Work, all_new, compare
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.layout import numbered
 from featurex_ray.table.lease import Leases
-from featurex_ray.table.log import Beginning, Plan, open_plan, read_log, read_plan
+from featurex_ray.table.log import Beginning, Plan, num_entries, open_plan, read_log, read_plan
 from featurex_ray.table.plan import MAX_SAMPLES_PER_PLAN, PLANNED_AT_ONCE, make_plans
 from featurex_ray.table.publish import Published
 from featurex_ray.table.retry import Allowed, Failed
@@ -103,13 +103,12 @@ class FeatureTable:
 
     def beginning(self, run_id: str) -> Beginning:
         """What a run that begins now finds: what later ones plan meanwhile it leaves as it is."""
-        log = read_log(self.store, self.facts)
-        return Beginning(run_id, {dataset: len(numbers) for dataset, numbers in log.plans.items()})
+        return Beginning(run_id, num_entries(self.store, self.facts))
 
     def has_no_plan_after(self, last: Mapping[str, int]) -> bool:
         """Whether these are the numbers of their datasets' last plans."""
-        log = read_log(self.store, self.facts)
-        return all(log.next_number(dataset) == number + 1 for dataset, number in last.items())
+        entries = num_entries(self.store, self.facts)
+        return all(entries.get(dataset, 0) == number + 1 for dataset, number in last.items())
 
     def num_gone(self, samples: Samples) -> int:
         """Samples of the manifest's datasets that it doesn't name any more; writes nothing."""
