@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import random
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -61,19 +64,25 @@ def test_the_bound(device: str, bound: float) -> None:
     assert costs.bound(2) == pytest.approx(bound)
 
 
-def slower_when_busy(*, begin: Callable[[], object] = lambda: None) -> Costs:
+def costs_of_one_process(told: Path, *, begin: Callable[[], object]) -> Costs:
+    """Costs that no other process has: its own draw, which it leaves in a file of its own."""
     begin()
-    here = StageCost(0.001 * os.getpid(), 0.002)
+    drawn = random.SystemRandom().random()
+    told.joinpath(f"{os.getpid()}").write_text(repr(drawn))
+    here = StageCost(drawn, 2 * drawn)
     return Costs(7, here, here, {"a": here}, "cpu")
 
 
-def test_the_stages_on_all_cpus_are_the_mean_of_as_many_processes() -> None:
-    found = measure_on_all_cpus(slower_when_busy, 2)
+def test_the_stages_on_all_cpus_are_the_mean_of_as_many_processes(tmp_path: Path) -> None:
+    found = measure_on_all_cpus(partial(costs_of_one_process, tmp_path), 2)
+    drawn = {int(told.name): float(told.read_text()) for told in tmp_path.iterdir()}
+    assert len(drawn) == 2
+    assert os.getpid() not in drawn
+    mean = statistics.mean(drawn.values())
     assert found.samples == 7
-    pids = 1000 * found.fetch.cpu_seconds
-    assert pids > os.getpid()
+    assert found.fetch.cpu_seconds == pytest.approx(mean)
+    assert found.fetch.seconds == pytest.approx(2 * mean)
     assert found.embed["a"] == found.decode == found.fetch
-    assert found.fetch.seconds == pytest.approx(0.002)
 
 
 def test_the_bound_is_that_of_busy_cpus() -> None:
