@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from featurex_ray.manifest import build_manifest
@@ -26,6 +27,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.long
 def test_cut_videos_end_on_two_nodes_full_of_actors(tmp_path: Path) -> None:
     """Actors reserve parts of both nodes, so that neither has a whole CPU left."""
     (tmp_path / "media").mkdir()
