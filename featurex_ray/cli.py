@@ -483,6 +483,12 @@ def retry(table: str, code: str | None, dataset: str | None, weights: str | None
 @click.option("--batch-size", type=int, help="Frames per device batch. Default: what suits the device.")
 @click.option("--device", metavar="DEVICE", help="Such as cuda. Default: a GPU where there is one.")
 @click.option("--address", metavar="ADDRESS", help="Of a Ray cluster. Default: a local one for each run.")
+@click.option(
+    "--scratch",
+    metavar="URI",
+    help="Where manifests and tables of the runs lie until the end: on a cluster of several hosts a prefix "
+    "such as s3://bucket/tmp. Default: a local folder.",
+)
 @click.option("--ray/--no-ray", "with_ray", default=True, help="Whole runs too, or the stages alone.")
 @click.option(
     "--sweep",

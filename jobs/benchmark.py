@@ -2,6 +2,7 @@
 
 python jobs/benchmark.py --media photos --samples 3000
 python jobs/benchmark.py --device cuda --no-ray
+python jobs/benchmark.py --address auto --media s3://bucket/photos/ --scratch s3://bucket/tmp
 """
 
 import sys

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from featurex_ray.errors import RunError
+from featurex_ray.storage import filesystem
 
 PEER_NAMES = {"dataloader": "torch DataLoader loop", "ray-data": "Ray Data as its docs show"}
 
@@ -70,18 +70,18 @@ class Contender:
         """What a run takes beyond its samples at the steady rate; the median."""
         return statistics.median(run.seconds for run in self.large) - self.large[0].samples / self.steady_rate
 
-    def run(self, small: Path, large: Path, sizes: tuple[int, int], scratch: Path) -> None:
-        """Do both once, on manifests of the two sizes."""
-        self.small.append(self.timed(small, sizes[0], scratch / f"small-{len(self.small)}"))
-        self.large.append(self.timed(large, sizes[1], scratch / f"large-{len(self.large)}"))
+    def run(self, small: str, large: str, sizes: tuple[int, int], below: str) -> None:
+        """Do both once, on manifests of the two sizes; the outputs lie below a URI."""
+        self.small.append(self.timed(small, sizes[0], f"{below}/small-{len(self.small)}"))
+        self.large.append(self.timed(large, sizes[1], f"{below}/large-{len(self.large)}"))
 
-    def timed(self, manifest: Path, samples: int, output: Path) -> Timed:
+    def timed(self, manifest: str, samples: int, output: str) -> Timed:
         """One run over a manifest of so many samples.
 
         Raises:
             RunError: It failed.
         """
-        output = output.with_name(f"{output.name}-{self.name.replace(' ', '-')}")
+        output = f"{output}-{self.name.replace(' ', '-')}"
         command = [word.format(manifest=manifest, output=output) for word in self.command]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own
@@ -97,11 +97,10 @@ class Contender:
         return asdict(self) | known | {"whole_rate": self.whole_rate}
 
 
-def _report(output: Path) -> dict[str, Any]:
+def _report(output: str) -> dict[str, Any]:
     """The run report, of the first table: what it counts of the run is the same in each."""
-    report: dict[str, Any] = json.loads(
-        next(iter(sorted(output.glob("_featurex/*/runs/*.json")))).read_text()
-    )
+    store, path = filesystem(output)
+    report: dict[str, Any] = json.loads(store.cat_file(min(store.glob(f"{path}/_featurex/*/runs/*.json"))))
     return report
 
 

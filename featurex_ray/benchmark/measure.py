@@ -2,12 +2,11 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -24,8 +23,8 @@ from featurex_ray.benchmark.contenders import Contender, ours, peer
 from featurex_ray.benchmark.latency import slow_s3
 from featurex_ray.benchmark.plot import plot_occupancy
 from featurex_ray.benchmark.sweep import Axis, Sweep, sweep
-from featurex_ray.benchmark.work import Pieces, planned
-from featurex_ray.errors import RequestError
+from featurex_ray.benchmark.work import Pieces, Scratch, planned, scratch
+from featurex_ray.errors import FeaturexError, RequestError
 from featurex_ray.job import ExtractionJob
 from featurex_ray.models.precision import resolve_precision
 from featurex_ray.models.registry import NO_WEIGHTS, ResolvedExtractor, resolve
@@ -41,6 +40,7 @@ SMALL = 4
 BUCKET = "featurex-benchmark"
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Settings:
         with_ray: Whether there are runs, or the stages alone.
         compare: Which peers do the same work, of `contenders.PEER_NAMES`.
         latency_ms: Added to each GET of one more comparison, 0 for none.
+        scratch: URI below which manifests and tables of the runs lie, until they are removed at the end;
+            None for a local folder, which only a cluster of one host reaches.
     """
 
     media: str
@@ -76,6 +78,7 @@ class Settings:
     with_ray: bool = True
     compare: Sequence[str] = ()
     latency_ms: float = 0.0
+    scratch: str | None = None
 
 
 @dataclass
@@ -207,20 +210,21 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
         raise RequestError(f"--samples must be at least {SMALL}, --repeats at least 1")
     if settings.compare and len(settings.extractors) > 1:
         raise RequestError("--compare takes one --extractor: the peers have no way to share decoding")
+    if settings.scratch and (settings.compare or settings.latency_ms):
+        raise RequestError("--compare and --latency-ms are for one machine, which needs no --scratch")
     num_cpus, num_gpus = _machine(settings)
     if settings.compare and num_cpus != (here := len(os.sched_getaffinity(0))):
         raise RequestError(
             f"--compare is for one machine: the peers would run here, on {here} CPUs, ours on a cluster of "
             f"{num_cpus}"
         )
-    with tempfile.TemporaryDirectory(prefix="featurex-benchmark-") as name:
-        folder = Path(name)
-        pieces = Pieces.of(settings.media, folder)
+    with scratch(settings.scratch) as work:
+        pieces = Pieces.of(settings.media, work.folder)
         if settings.latency_ms and pieces.prefix is None:
             raise RequestError("--latency-ms is for media that are objects of their own, not inline ones")
         if settings.compare:
-            pieces = _for_peers(settings, pieces, folder, say)
-        result, all_cpus = _alone(settings, pieces, folder, num_cpus, num_gpus)
+            pieces = _for_peers(settings, pieces, work.folder, say)
+        result, all_cpus = _alone(settings, pieces, work, num_cpus, num_gpus)
         say(result.lines()[1].strip())
         if settings.with_ray:
             result.contenders = _contenders(settings, result, pieces)
@@ -228,26 +232,28 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
                 result.contenders,
                 settings,
                 pieces,
-                folder,
+                work,
                 say,
                 after_ours=lambda: result.all_cpus.extend(all_cpus()),
             )
         if settings.with_ray and settings.latency_ms:
-            result.slow = _from_slow_s3(settings, result.precision, pieces, folder, say)
+            result.slow = _from_slow_s3(settings, result.precision, pieces, work, say)
     return result
 
 
 def measure_growth(settings: Settings, axis: Axis, say: Say) -> Sweep:
     """Measure how an extraction's cost grows along an axis; see `sweep`."""
+    _machine(settings)  # refuses what a cluster of several hosts can't do
     options = _options(settings, settings.precision)
-    return sweep(axis, settings.media, options, samples=settings.samples, say=say)
+    with scratch(settings.scratch) as work:
+        return sweep(axis, settings.media, options, samples=settings.samples, work=work, say=say)
 
 
 def _for_peers(settings: Settings, pieces: Pieces, folder: Path, say: Say) -> Pieces:
     """The media that a run would use, less those at which peers stop: broken ones, videos among images."""
     pieces = pieces.first(settings.samples)
     count = len(pieces.rows)
-    manifest = pieces.manifest(folder / "all.parquet", count)
+    manifest = str(pieces.manifest(folder / "all.parquet", count))
     extractors = _extractors(settings)
     kinds = whole_media(
         planned(manifest, count),
@@ -268,8 +274,8 @@ def _extractors(settings: Settings) -> list[ResolvedExtractor]:
     return [resolve(name, weights=uri) for name, uri in _weights(settings).items()]
 
 
-def _policy(manifest: Path, pieces: Pieces) -> ReadPolicy:
-    return ReadPolicy(str(manifest), allow_prefixes=(pieces.prefix,) if pieces.prefix else ())
+def _policy(manifest: str, pieces: Pieces) -> ReadPolicy:
+    return ReadPolicy(manifest, allow_prefixes=(pieces.prefix,) if pieces.prefix else ())
 
 
 def _sampling(settings: Settings, extractors: Sequence[ResolvedExtractor]) -> str:
@@ -277,15 +283,15 @@ def _sampling(settings: Settings, extractors: Sequence[ResolvedExtractor]) -> st
 
 
 def _alone(
-    settings: Settings, pieces: Pieces, folder: Path, num_cpus: int, num_gpus: int
+    settings: Settings, pieces: Pieces, work: Scratch, num_cpus: int, num_gpus: int
 ) -> tuple[Benchmark, Callable[[], list[Costs]]]:
     """The stages with one CPU busy and with all, and what measures the latter again."""
+    there = partial(_call_there, settings, num_gpus)
     extractors = _extractors(settings)
-    gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
-    precision = resolve_precision(settings.precision, gpu=gpu)
+    precision = there(partial(_precision, settings))
 
     def measurement(count: int) -> Callable[..., Costs]:
-        manifest = pieces.manifest(folder / f"alone-{count}.parquet", count)
+        manifest = work.put(pieces.manifest(work.folder / f"alone-{count}.parquet", count))
         return partial(
             measure_alone,
             planned(manifest, count),
@@ -298,18 +304,28 @@ def _alone(
         )
 
     count = min(SAMPLES_ALONE, len(pieces.rows))
-    costs = measurement(count)()
+    measure = measurement(count)
+    costs = there(measure)
     # As in the runs, few media are used again: once each, what is imported for them would be most of it.
     if (enough := math.ceil(SECONDS_ALONE / costs.seconds)) > count:
-        count = enough
-        costs = measurement(count)()
-    here = len(os.sched_getaffinity(0))
-    measure = measurement(count)
+        measure = measurement(enough)
+        costs = there(measure)
 
     def all_cpus() -> list[Costs]:
-        return [measure_on_all_cpus(measure, here)] if costs.device == "cpu" and here > 1 else []
+        return there(partial(_all_busy, measure)) if costs.device == "cpu" else []
 
-    return Benchmark(settings, precision, num_cpus, costs, all_cpus(), num_gpus=num_gpus), all_cpus
+    result = Benchmark(settings, precision, num_cpus, costs, all_cpus(), num_gpus=max(num_gpus, 1))
+    return result, all_cpus
+
+
+def _precision(settings: Settings) -> str:
+    gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
+    return resolve_precision(settings.precision, gpu=gpu)
+
+
+def _all_busy(measure: Callable[..., Costs]) -> list[Costs]:
+    here = len(os.sched_getaffinity(0))
+    return [measure_on_all_cpus(measure, here)] if here > 1 else []
 
 
 def _address(settings: Settings) -> str | None:
@@ -319,9 +335,38 @@ def _address(settings: Settings) -> str | None:
 
 
 def _machine(settings: Settings) -> tuple[int, int]:
-    """CPUs and GPUs of what runs ours; of this process where nothing does."""
-    if not settings.with_ray or _address(settings) is None:
-        return len(os.sched_getaffinity(0)), max(torch.cuda.device_count() * settings.with_ray, 1)
+    """CPUs and GPUs of what runs ours; of this process where nothing does.
+
+    Raises:
+        RequestError: It is several hosts, and what they work on would lie on this one.
+    """
+    if not _on_cluster(settings):
+        return len(os.sched_getaffinity(0)), torch.cuda.device_count() * settings.with_ray
+    import ray
+
+    from featurex_ray.pipeline.connect import connect, hosts
+    from featurex_ray.pipeline.run import ray_as_found
+
+    with ray_as_found():
+        connect(settings)
+        found, count = ray.cluster_resources(), len(hosts())
+    if count > 1 and settings.scratch is None:
+        raise RequestError(f"the cluster has {count} hosts: give --scratch a URI that all of them reach")
+    return int(found.get("CPU", 1)), int(found.get("GPU", 0))
+
+
+def _on_cluster(settings: Settings) -> bool:
+    return settings.with_ray and _address(settings) is not None
+
+
+def _call_there(settings: Settings, num_gpus: int, work: Callable[[], T]) -> T:
+    """What `work` returns where ours runs: here, or on a node of the cluster, with a GPU if any has one.
+
+    Raises:
+        FeaturexError: Of `work`.
+    """
+    if not _on_cluster(settings):
+        return work()
     import ray
 
     from featurex_ray.pipeline.connect import connect
@@ -329,8 +374,18 @@ def _machine(settings: Settings) -> tuple[int, int]:
 
     with ray_as_found():
         connect(settings)
-        found = ray.cluster_resources()
-    return int(found.get("CPU", 1)), max(int(found.get("GPU", 1)), 1)
+        call: Any = ray.remote(num_cpus=1, num_gpus=min(num_gpus, 1), max_retries=0)(_call)
+        try:
+            found: T = ray.get(call.remote(work))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, FeaturexError):
+                raise error.cause from error
+            raise
+    return found
+
+
+def _call(work: Callable[[], T]) -> T:
+    return work()
 
 
 def _contenders(settings: Settings, result: Benchmark, pieces: Pieces) -> list[Contender]:
@@ -372,17 +427,17 @@ def _race(
     contenders: Sequence[Contender],
     settings: Settings,
     pieces: Pieces,
-    folder: Path,
+    work: Scratch,
     say: Say,
     *,
     after_ours: Callable[[], object] = lambda: None,
 ) -> None:
     """Everybody once, then everybody again: what the machine does meanwhile hits all alike."""
     sizes = settings.samples // SMALL, settings.samples
-    small, large = (pieces.manifest(folder / f"{size}.parquet", size) for size in sizes)
+    small, large = (work.put(pieces.manifest(work.folder / f"{size}.parquet", size)) for size in sizes)
     for repeat in range(settings.repeats):
         for each in contenders:
-            each.run(small, large, sizes, folder)
+            each.run(small, large, sizes, work.uri)
             times = each.small[-1].seconds, each.large[-1].seconds
             took = ", ".join(
                 f"{size:,} samples {time:.1f} s" for size, time in zip(sizes, times, strict=True)
@@ -393,18 +448,18 @@ def _race(
 
 
 def _from_slow_s3(
-    settings: Settings, precision: str, pieces: Pieces, folder: Path, say: Say
+    settings: Settings, precision: str, pieces: Pieces, work: Scratch, say: Say
 ) -> list[Contender]:
     found = []
     # Before this process is pointed at the slow server: they may lie on S3 themselves.
-    media = _copied(pieces.first(settings.samples), folder / "media")
+    media = _copied(pieces.first(settings.samples), work.folder / "media")
     with slow_s3() as proxy:
         stored = _uploaded(media)
         for delay in (0.0, settings.latency_ms / 1000):
             proxy.delay_seconds = delay
             contender = ours(_options(settings, precision, stored.prefix))
             contender.name = f"from S3 with {1000 * delay:g} ms more"
-            _race([contender], settings, stored, folder, say)
+            _race([contender], settings, stored, work, say)
             found.append(contender)
     return found
 

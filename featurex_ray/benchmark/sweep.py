@@ -2,7 +2,6 @@
 
 import io
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from featurex_ray.benchmark.contenders import ours
-from featurex_ray.benchmark.work import Pieces
+from featurex_ray.benchmark.work import Pieces, Scratch
 from featurex_ray.errors import RequestError
 
 Axis = Literal["samples", "length", "size", "actors"]
@@ -129,7 +128,13 @@ class Sweep:
 
 
 def sweep(
-    axis: Axis, media: str, options: Sequence[str], *, samples: int, say: Callable[[str], None]
+    axis: Axis,
+    media: str,
+    options: Sequence[str],
+    *,
+    samples: int,
+    work: Scratch,
+    say: Callable[[str], None],
 ) -> Sweep:
     """Run an extraction at each place of an axis.
 
@@ -138,6 +143,7 @@ def sweep(
         media: For `samples` and `actors`, as for `benchmark`; the other axes make their own.
         options: Of `featurex extract`.
         samples: Of each run; of the largest one for the axis `samples`.
+        work: Where manifests, tables and media that are made lie.
         say: Told of each run.
 
     Raises:
@@ -147,20 +153,17 @@ def sweep(
     if axis == "samples" and samples < SAMPLES[1]:
         raise RequestError(f"--sweep samples begins at {SAMPLES[0]:,}: give --samples {SAMPLES[1]} or more")
     points = []
-    with tempfile.TemporaryDirectory(prefix="featurex-sweep-") as name:
-        folder = Path(name)
-        for number, case in enumerate(_cases(axis, media, samples, folder)):
-            points.append(_measured(case, options, folder / str(number)))
-            say(f"{UNITS[axis]} {case.value:g}: {points[-1].seconds:.1f} s")
+    for number, case in enumerate(_cases(axis, media, samples, work)):
+        points.append(_measured(case, options, work, number))
+        say(f"{UNITS[axis]} {case.value:g}: {points[-1].seconds:.1f} s")
     return Sweep(axis, points)
 
 
-def _measured(case: Case, options: Sequence[str], folder: Path) -> Point:
-    folder.mkdir()
-    manifest = case.pieces.manifest(folder / "manifest.parquet", case.samples)
+def _measured(case: Case, options: Sequence[str], work: Scratch, number: int) -> Point:
+    manifest = work.put(case.pieces.manifest(work.folder / f"manifest-{number}.parquet", case.samples))
     allowed = ["--allow-prefix", case.pieces.prefix] if case.pieces.prefix else []
     run = ours([*options, *case.options, *allowed])
-    report = run.timed(manifest, case.samples, folder / "out").report or {}
+    report = run.timed(manifest, case.samples, f"{work.uri}/{number}").report or {}
     return Point(
         case.value,
         case.samples,
@@ -172,20 +175,20 @@ def _measured(case: Case, options: Sequence[str], folder: Path) -> Point:
     )
 
 
-def _cases(axis: Axis, media: str, samples: int, folder: Path) -> Iterator[Case]:
+def _cases(axis: Axis, media: str, samples: int, work: Scratch) -> Iterator[Case]:
     if axis == "samples":
-        pieces = Pieces.of(media, folder)
+        pieces = Pieces.of(media, work.folder)
         yield from (Case(count, count, pieces) for count in SAMPLES if count <= samples)
     elif axis == "actors":
-        pieces = Pieces.of(media, folder)
+        pieces = Pieces.of(media, work.folder)
         for count in ACTORS:
             pools = ("--decode-actors", str(count), "--extract-actors", str(count))
             yield Case(count, samples, pieces, pools)
     else:
         values, make = (LENGTHS, write_video) if axis == "length" else (WIDTHS, write_photograph)
         for value in values:
-            path, place = make(folder / f"{value}", value)
-            yield Case(place, samples, Pieces(pa.table({"uri": [str(path)]})))
+            path, place = make(work.folder / f"{value}", value)
+            yield Case(place, samples, Pieces(pa.table({"uri": [work.put(path)]})))
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -1,6 +1,10 @@
 """The one piece of work that a benchmark gives to everybody: a manifest of so many samples."""
 
 import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,46 @@ import pyarrow.parquet as pq
 from featurex_ray.errors import RequestError
 from featurex_ray.manifest import build_manifest
 from featurex_ray.pipeline.units import PLANNED, to_table
-from featurex_ray.storage import resolve
+from featurex_ray.storage import filesystem, resolve
 
 DATASET = "benchmark"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where the work lies until it is done: manifests, tables, media that were made.
+
+    Attributes:
+        folder: Of this machine.
+        uri: The same folder, or a prefix that all hosts of a cluster reach.
+    """
+
+    folder: Path
+    uri: str
+
+    def put(self, path: Path) -> str:
+        """The URI of a file of the folder, which all who work find there."""
+        uri = f"{self.uri}/{path.relative_to(self.folder)}"
+        if self.uri != str(self.folder):
+            store, target = filesystem(uri)
+            store.put_file(str(path), target)
+        return uri
+
+
+@contextmanager
+def scratch(uri: str | None) -> Iterator[Scratch]:
+    """A local folder, and its like below a URI, if one is given; what is in them is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="featurex-benchmark-") as name:
+        if uri is None:
+            yield Scratch(Path(name), name)
+            return
+        below = f"{uri.rstrip('/')}/featurex-benchmark-{uuid.uuid4().hex[:8]}"
+        try:
+            yield Scratch(Path(name), below)
+        finally:
+            store, path = filesystem(below)
+            with suppress(FileNotFoundError):
+                store.rm(path, recursive=True)
 
 
 @dataclass(frozen=True)
@@ -34,13 +75,15 @@ class Pieces:
             RequestError: There are none.
         """
         if media.endswith(".parquet"):
-            names = pq.read_schema(media).names
-            if not pq.read_metadata(media).num_rows:
+            store, path = filesystem(media)
+            with pq.ParquetFile(path, filesystem=store) as file:
+                names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+            if not num_rows:
                 raise RequestError(f"--media {media}: has no rows")
             column = next((name for name in ("data", "uri") if name in names), None)
             if column is None:
                 raise RequestError(f"--media {media}: has neither a `data` nor a `uri` column")
-            rows = pq.read_table(media, columns=[column])
+            rows = pq.read_table(path, columns=[column], filesystem=store)
             if column == "uri":
                 uris = [resolve(uri, relative_to=media) for uri in rows["uri"].to_pylist()]
                 rows = pa.table({"uri": uris})
@@ -78,15 +121,16 @@ class Pieces:
         return path
 
 
-def planned(manifest: Path, count: int) -> pa.Table:
+def planned(manifest: str, count: int) -> pa.Table:
     """The first samples of a manifest as the pipeline's rows, schema `PLANNED`."""
-    file = pq.ParquetFile(manifest)
+    store, path = filesystem(manifest)
+    file = pq.ParquetFile(path, filesystem=store)
     inline = "data" in file.schema_arrow.names
     wanted = ["dataset", "sample_id"] if inline else ["dataset", "sample_id", "uri"]
     rows = next(file.iter_batches(batch_size=count, columns=wanted)).to_pylist()
 
     def place(i: int) -> dict[str, Any]:
-        return {"data_file": str(manifest), "data_row": i} if inline else {}
+        return {"data_file": manifest, "data_row": i} if inline else {}
 
     numbered = [{"assignment": 0, "plan_row": i, **row, **place(i)} for i, row in enumerate(rows)]
     return to_table(numbered, PLANNED)

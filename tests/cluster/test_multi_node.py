@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -40,6 +41,8 @@ def nodes(s3_server: str) -> Iterator[Cluster]:
     with cluster() as found:
         found.add_worker()
         found.add_worker()
+        status = str(BIN / "ray"), "status", "--address", f"127.0.0.1:{found.gcs_port}"
+        wait_until(lambda: "/2.0 GPU" in found.run(*status).stdout, "both workers")
         yield found
 
 
@@ -134,6 +137,42 @@ def test_what_cannot_run_here_exits_2_before_any_work(
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "out").exists()
     assert not fsspec.filesystem("s3", use_listings_cache=False).glob(f"{s3_root}/out/{TABLE}/**")
+
+
+def benchmark(nodes: Cluster, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [str(BIN / "python"), "jobs/benchmark.py", "--address", f"127.0.0.1:{nodes.gcs_port}"]
+    return nodes.run(*command, "--extractor", "attention_convnet", *arguments)
+
+
+def test_a_benchmark_of_several_hosts_wants_a_place_that_all_reach(nodes: Cluster) -> None:
+    found = benchmark(nodes)
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert "the cluster has 3 hosts: give --scratch" in found.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_benchmark_measures_the_cluster_and_leaves_nothing(
+    nodes: Cluster, s3_root: str, tmp_path: Path, inline: bool
+) -> None:
+    media = pictures(tmp_path / "media", 60)
+    files = fsspec.filesystem("s3", use_listings_cache=False)
+    files.put(f"{media}/", f"{s3_root}/media/", recursive=True)
+    if inline:
+        pictured = [path.read_bytes() for path in sorted(media.iterdir())]
+        with files.open(f"{s3_root}/inline.parquet", "wb") as opened:
+            pq.write_table(pa.table({"data": pictured}), opened)
+    named = f"{s3_root}/inline.parquet" if inline else f"{s3_root}/media"
+    figures = tmp_path / "figures.json"
+    wanted = ["--media", named, "--scratch", f"{s3_root}/scratch", "--samples", "800", "--json", str(figures)]
+    found = benchmark(nodes, *wanted)
+    assert found.returncode == 0, found.stdout + found.stderr
+    told = json.loads(figures.read_text())
+    assert (told["num_cpus"], told["num_gpus"]) == (2, 2)
+    (run,) = told["contenders"]
+    assert [each["samples"] for each in run["large"]] == [800]
+    assert run["large"][0]["report"]["planned"] == 800
+    assert not files.glob(f"{s3_root}/scratch/**")
 
 
 def pictures(folder: Path, count: int) -> Path:
