@@ -9,6 +9,9 @@ import pyarrow as pa
 CARRIED_BY_DEFAULT = "label"
 """The one manifest column beyond the known ones that is carried without being named."""
 
+HELPER = "_featurex."
+"""How columns begin that stand beside carried ones for a while; none that is carried begins so."""
+
 SAMPLE = pa.schema(
     [
         pa.field("dataset", pa.string(), nullable=False),

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.types as t
 
 from featurex_ray.errors import ManifestError, RequestError
-from featurex_ray.schemas import CARRIED_BY_DEFAULT, SAMPLE, features_schema
+from featurex_ray.schemas import CARRIED_BY_DEFAULT, HELPER, SAMPLE, features_schema
 
 # Only what comes back the same when written again: 007 and 1e3 are names, not numbers.
 _INTEGER_PATTERN = r"^(0|-?[1-9][0-9]{0,17})$"
@@ -39,12 +39,16 @@ def columns_to_carry(keep_columns: Iterable[str]) -> list[str]:
     Raises:
         RequestError: A name is that of a feature table's own column.
     """
-    asked = [name for name in keep_columns if name not in SAMPLE.names]
-    taken = sorted(set(asked) & {*features_schema(pa.schema([])).names, "data"})
+    names = set(keep_columns)
+    ours = {*features_schema(pa.schema([])).names} - {*SAMPLE.names}
+    taken = sorted(name for name in names if name in ours or name.startswith(HELPER))
     if taken:
         raise RequestError(
             f"--keep-columns {', '.join(taken)}: the feature table has columns of that name itself"
         )
+    if unfit := sorted(names & {"data", "data_file", "data_row", "backfill_day"}):
+        raise RequestError(f"--keep-columns {', '.join(unfit)}: that is no column which a table can carry")
+    asked = [name for name in keep_columns if name not in SAMPLE.names]
     return list(dict.fromkeys([CARRIED_BY_DEFAULT, *asked]))
 
 

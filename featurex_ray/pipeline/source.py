@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurex_ray.pipeline.units import PLANNED
+from featurex_ray.schemas import SAMPLE
 from featurex_ray.table.log import Plan
 from featurex_ray.table.table import FeatureTable
 
@@ -120,7 +121,7 @@ def _slice(row: dict[str, Any]) -> Slice:
 
 def planned_samples(table: FeatureTable, plan: Plan, part: Slice) -> pa.Table:
     """The samples of one slice that are left to do, in the schema `PLANNED`."""
-    rows = table.read_plan(plan, rows=range(part.first, part.last))
+    rows = table.read_plan(plan, rows=range(part.first, part.last)).select(SAMPLE.names)
     rows = rows.append_column("plan_row", pa.array(range(part.first, part.last), pa.int32()))
     rows = rows.append_column("assignment", pa.repeat(pa.scalar(part.assignment, pa.int32()), len(rows)))
     rows = rows.select(PLANNED.names)

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurex_ray.errors import ReplacedError, StoreUnavailableError, TableDamagedError
+from featurex_ray.errors import TableDamagedError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, hash_versions
-from featurex_ray.table.log import Beginning, Log, Plan, open_parquet, open_plan, read_log
-from featurex_ray.table.store import ObjectStore, attempts
+from featurex_ray.table.log import Beginning, Log, Plan, open_parquet, open_plan, read_log, reread
+from featurex_ray.table.store import ObjectStore
 
 IN_MEMORY = 1_000_000
 """Manifest rows that are compared without temporary files: about 80 MB while it lasts."""
@@ -346,18 +346,16 @@ class _Entries:
 
     def _read_failure_object(self, dataset: str, number: int, sink: Sink) -> None:
         key = self._facts.keys.failure_object(dataset, number)
-        for _ in attempts():
-            try:
-                with open_parquet(self._store, key) as (file, _):
-                    for batch in file.iter_batches(columns=["sample_id"]):
-                        failed = np.zeros(batch.num_rows, _PLANNED)
-                        failed["id"] = hash_ids(dataset, batch["sample_id"])
-                        failed["entry"] = self._place[dataset, number]
-                        sink(failed)  # rows that come twice change nothing
-                return
-            except ReplacedError:
-                continue
-        raise StoreUnavailableError(f"{self._store.uri}/{key} was replaced each time that it was read")
+
+        def read() -> None:
+            with open_parquet(self._store, key) as (file, _):
+                for batch in file.iter_batches(columns=["sample_id"]):
+                    failed = np.zeros(batch.num_rows, _PLANNED)
+                    failed["id"] = hash_ids(dataset, batch["sample_id"])
+                    failed["entry"] = self._place[dataset, number]
+                    sink(failed)  # rows that come twice change nothing
+
+        reread(read, what=f"{self._store.uri}/{key}")
 
     def _state(self, plan: Plan) -> State:
         if (plan.dataset, plan.number) not in self.log.done:

@@ -9,6 +9,9 @@ from featurex_ray.table.store import PRIVATE
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Dataset values and table names, so that keys need no escaping and show the value itself."""
 
+_OTHERS = {"clock", "doctor", "locks", "probe", "store.json", "tmp"}
+"""What else lies below `PRIVATE`, where each table has a folder of its name."""
+
 _PART = re.compile(r"dataset=(?P<dataset>[^/]+)/(?P<number>\d{10})/[^/]+")
 
 _NUMBERED = re.compile(r"dataset=(?P<dataset>[^/]+)/(?P<number>\d{10})\.[a-z]+")
@@ -29,6 +32,10 @@ class Keys:
             raise RequestError(
                 f"{self.name!r} can't be a table's name: use letters, digits, '.', '_' and '-', begin with a "
                 "letter or digit, and don't end in '.failures'"
+            )
+        if self.name in _OTHERS:
+            raise RequestError(
+                f"{self.name!r} can't be a table's name: {PRIVATE}{self.name} holds what belongs to no table"
             )
 
     @property

@@ -4,17 +4,19 @@ import contextlib
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurex_ray.errors import TableDamagedError
+from featurex_ray.errors import ReplacedError, StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.layout import numbered
-from featurex_ray.table.store import ObjectStore
+from featurex_ray.table.store import ObjectStore, attempts
+
+T = TypeVar("T")
 
 ROWS_PER_SLICE = 1024
 """Rows of a plan's row group: a slice of the plan can be read alone."""
@@ -94,7 +96,8 @@ class Beginning:
     def is_by_later(self, plan: Plan) -> bool:
         """Whether a run made the plan that began later than this one, which ran by then."""
         ours, theirs = (_BEGAN.match(run_id) for run_id in (self.run_id, plan.run_id))
-        later = ours is not None and theirs is not None and theirs[0] > ours[0]
+        # Whole names: of two that began in the same second one has to be the later, and the same to both.
+        later = ours is not None and theirs is not None and plan.run_id > self.run_id
         # By clocks alone, a host whose clock is ahead would be right for hours.
         return later and plan.number >= self.num_plans.get(plan.dataset, 0)
 
@@ -160,6 +163,18 @@ def open_parquet(store: ObjectStore, key: str) -> Iterator[tuple[pq.ParquetFile,
             if isinstance(error, FileNotFoundError):
                 raise
             raise TableDamagedError(f"{store.uri}/{key} can't be read: {error}") from error
+
+
+def reread(read: Callable[[], T], *, what: str) -> T:
+    """What is read of an object that others may replace meanwhile: then it begins again.
+
+    Raises:
+        StoreUnavailableError: It was replaced each time.
+    """
+    for _ in attempts():
+        with contextlib.suppress(ReplacedError):
+            return read()
+    raise StoreUnavailableError(f"{what} was replaced each time that it was read")
 
 
 @contextlib.contextmanager

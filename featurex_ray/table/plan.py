@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurex_ray.errors import ManifestError, RunError
+from featurex_ray.schemas import HELPER
 from featurex_ray.table.compare import (
     OWN_TARGET,
     TO_DO,
@@ -84,8 +85,10 @@ def make_plans(
     return planner.plans
 
 
-FAILED_IN = "failed_in"
+FAILED_IN = f"{HELPER}failed_in"
 """The column that travels with rows to plan: the plan whose failure object holds the row, or -1."""
+
+_TARGET = f"{HELPER}target"
 
 
 def _groups(
@@ -142,14 +145,12 @@ def _rows_to_do(
         start += batch.num_rows
         failed_in = np.where(state == State.REVISED, last_plan, -1)
         rows = facts.conform(batch).append_column(FAILED_IN, pa.array(failed_in))
-        chosen = rows.append_column("target", pa.array(target)).filter(pa.array(np.isin(state, TO_DO)))
-        for group in (
-            pa.Table.from_batches([chosen]).group_by(["dataset", "target"]).aggregate([]).to_pylist()
-        ):
+        chosen = rows.append_column(_TARGET, pa.array(target)).filter(pa.array(np.isin(state, TO_DO)))
+        for group in pa.Table.from_batches([chosen]).group_by(["dataset", _TARGET]).aggregate([]).to_pylist():
             ours = pc.and_(
-                pc.equal(chosen["dataset"], group["dataset"]), pc.equal(chosen["target"], group["target"])
+                pc.equal(chosen["dataset"], group["dataset"]), pc.equal(chosen[_TARGET], group[_TARGET])
             )
-            yield (group["dataset"], group["target"]), chosen.filter(ours).drop_columns(["target"])
+            yield (group["dataset"], group[_TARGET]), chosen.filter(ours).drop_columns([_TARGET])
 
 
 class _Rivals:

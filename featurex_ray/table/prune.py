@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from featurex_ray.table.compare import Samples
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.ids import IdIndex, hash_ids, last_of_each
-from featurex_ray.table.log import Beginning, Log, Plan, open_parquet, open_plan, read_log
+from featurex_ray.table.log import Beginning, Log, Plan, open_parquet, open_plan, read_log, reread
 from featurex_ray.table.plan import FAILED_IN, Planner, as_media_lie
 from featurex_ray.table.store import ObjectStore
 
@@ -135,9 +135,14 @@ def failed_ids(
     store: ObjectStore, facts: TableFacts, dataset: str, number: int, codes: tuple[str, ...] = ()
 ) -> pa.Array:
     """The samples in a plan's failure object, those of some codes or all; none where it has none."""
+    key = facts.keys.failure_object(dataset, number)
+
+    def read() -> pa.Table:
+        with open_parquet(store, key) as (file, _):
+            return file.read(["sample_id", "error"])
+
     try:
-        with open_parquet(store, facts.keys.failure_object(dataset, number)) as (file, _):
-            rows = file.read(["sample_id", "error"])
+        rows = reread(read, what=f"{store.uri}/{key}")
     except FileNotFoundError:
         return pa.array([], pa.string())
     if codes:

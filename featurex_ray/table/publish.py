@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from featurex_ray import schemas
 from featurex_ray.errors import ReplacedError, StoreUnavailableError, TableDamagedError
 from featurex_ray.table.facts import TableFacts
-from featurex_ray.table.log import Plan, open_parquet, read_plan
+from featurex_ray.table.log import Plan, open_parquet, read_plan, reread
 from featurex_ray.table.probe import require_multipart
 from featurex_ray.table.staging import ATTEMPTS, attempts_of, choose, part_keys, read_failures, read_part
 from featurex_ray.table.store import Body, ObjectStore, attempts, ensure, settle
@@ -149,17 +149,19 @@ def merge(store: ObjectStore, facts: TableFacts, plan: Plan, base: _Target | Non
         TableDamagedError: A part is damaged or another's, or samples aren't staged.
     """
     samples = read_plan(store, facts, plan)
-    sources = [_mapped(_kept(facts, base, samples), facts.features_schema, folder / "kept")]
-    for number, key in enumerate([] if plan.kind == "prune" else part_keys(store, facts, plan), start=1):
-        part = read_part(store, facts, plan, key)
-        sources.append(_mapped(part.to_batches(), schemas.PART, folder / f"part-{number}"))
+    kept = _mapped(_kept(facts, base, samples), facts.features_schema, folder / "kept")
+    keys = [] if plan.kind == "prune" else part_keys(store, facts, plan)
+    # One file for all parts, of which there may be more than a process may map.
+    parts = (read_part(store, facts, plan, key).combine_chunks() for key in keys)
+    staged = _mapped((b for part in parts for b in part.to_batches()), schemas.PART, folder / "staged")
+    sources = [kept, *(pa.Table.from_batches([batch]) for batch in staged.to_batches())]
     pieces = pa.concat_tables([_runs(sources[_KEPT]), _staged_units(sources, samples, plan)])
     pieces = pieces.sort_by([(name, "ascending") for name in ("sample_id", "unit_index", "start")])
     return _write_object(facts, plan, samples, sources, pieces, folder / "merged")
 
 
 _KEPT = 0
-"""The source that holds the rows of other samples; the parts follow."""
+"""The source that holds the rows of other samples; those of the parts follow."""
 
 
 def _kept(facts: TableFacts, base: _Target | None, samples: pa.Table) -> Iterator[pa.RecordBatch]:
@@ -281,7 +283,9 @@ def _stretches(pieces: pa.Table) -> Iterator[tuple[int, int]]:
 
 def _features(facts: TableFacts, samples: pa.Table, rows: pa.Table) -> pa.Table:
     """Staged rows as feature rows: what the media says from the part, the rest from the plan."""
-    names = [name for name in facts.features_schema.names if name not in rows.column_names]
+    # A carried column is the plan's, also where parts have one of its name, such as `etag`.
+    own = {*rows.column_names} - {*facts.carried.names}
+    names = [name for name in facts.features_schema.names if name not in own]
     planned = samples.select([name for name in names if name != "extractor_revision"])
     planned = planned.take(pc.index_in(rows["sample_id"], samples["sample_id"].combine_chunks()))
     revision = pa.repeat(pa.scalar(facts.revision), rows.num_rows)
@@ -383,8 +387,9 @@ def finish_if_published(store: ObjectStore, facts: TableFacts, plan: Plan) -> Pu
     Raises:
         TableDamagedError: An object that the plan needs is missing, and nobody completed it.
     """
+    key = facts.keys.feature_object(plan.dataset, plan.target)
     try:
-        return finish(store, facts, plan)
+        return reread(lambda: finish(store, facts, plan), what=f"{store.uri}/{key}")
     except (FileNotFoundError, TableDamagedError) as error:
         done = read_done(store, facts, plan)  # who misses a part checks `done` first
         if done is None:
@@ -419,12 +424,13 @@ def _encode(rows: pa.Table) -> bytes:
 
 def _remove_failures(store: ObjectStore, key: str, ids: pa.Array) -> None:
     """Takes samples out of an older failure object, which only ever shrinks."""
+
+    def read() -> tuple[pa.Table, str]:
+        with open_parquet(store, key) as (file, etag):
+            return file.read(), etag
+
     for _ in attempts():
-        try:
-            with open_parquet(store, key) as (file, etag):
-                rows = file.read()
-        except ReplacedError:
-            continue
+        rows, etag = reread(read, what=f"{store.uri}/{key}")
         left = rows.filter(pc.invert(pc.is_in(rows["sample_id"], ids)))
         if left.num_rows == rows.num_rows:
             return

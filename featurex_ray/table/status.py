@@ -109,7 +109,7 @@ def status_of(output: str, *, most_runs: int = 20) -> Status:
 
 def _runs(store: ObjectStore, listed: dict[str, Listed], most: int) -> Iterator[PastRun]:
     # A run that filled several tables left its report with each; run ids sort by time.
-    by_id = {key.rpartition("/")[2]: key for key in listed if "/runs/" in key and key.endswith(".json")}
+    by_id = {key.rpartition("/")[2]: key for key in listed if key.split("/")[2:-1] == ["runs"]}
     for name in sorted(by_id, reverse=True)[:most]:
         yield PastRun.from_report(json.loads(store.read(by_id[name])[0]))
 

@@ -695,6 +695,8 @@ class S3Store(_Observed):
             return _TransientError(str(error))
         if status == 404 and code != "NoSuchBucket":
             return FileNotFoundError(f"{self.uri}/{key}")
+        if code == "ExpiredToken":  # after hours of work, perhaps: run again with new credentials
+            return StoreUnavailableError(f"{operation} {self.uri}/{key}: {error}")
         return RequestError(f"{operation} {self.uri}/{key} was refused: {error}")
 
 

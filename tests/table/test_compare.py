@@ -53,13 +53,14 @@ def test_changed_samples_by_parts(local_table: FeatureTable, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("in_memory", [7, 1_000])
+@pytest.mark.parametrize("newer", ["20260102T220000-bbbbbb", "20260101T220000-bbbbbb"])
 def test_what_a_later_run_planned_stands(
-    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch, in_memory: int
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch, in_memory: int, newer: str
 ) -> None:
     """Two that overlap, with manifests of two nights, would undo each other's work without end."""
     monkeypatch.setattr(comparing, "IN_MEMORY", in_memory)
     yesterday, today = World(num_samples=20, version="1"), World(num_samples=20, version="2")
-    older, newer = "20260101T220000-aaaaaa", "20260102T220000-bbbbbb"
+    older = "20260101T220000-aaaaaa"
     began = local_table.beginning(older)
     run(local_table, yesterday, run_id=older)
     run(local_table, today, run_id=newer)

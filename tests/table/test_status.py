@@ -1,5 +1,6 @@
 """What `_featurex/` says of runs that were and of plans that are open, without a cluster."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,11 @@ def test_past_runs_come_latest_first_and_as_many_as_asked_for(root: str, table: 
 def test_a_run_that_nothing_bounded_says_nothing(root: str, table: FeatureTable) -> None:
     table.save_report("20260101T000000-aaaaaa", report("20260101T000000-aaaaaa", watched={"bounds": {}}))
     assert [past.bounded_by for past in status_of(root).runs] == [""]
+
+
+def test_a_table_named_runs_is_no_run(root: str, table: FeatureTable) -> None:
+    FeatureTable.open_or_create(table.store, replace(table.facts, name="runs"))
+    assert status_of(root).runs == []
 
 
 def test_no_table_fails(tmp_path: Path) -> None:

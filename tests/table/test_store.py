@@ -2,6 +2,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from featurex_ray.errors import RequestError, StoreRefusedError, StoreUnavailableError, TableDamagedError
 from featurex_ray.table import store as stores
@@ -105,6 +106,19 @@ def test_list_pages(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in keys:
         store.put(key, b"")
     assert [item.key for item in store.list("_featurex/p/")] == keys
+
+
+def test_a_token_that_expired_ends_a_run_that_can_be_run_again(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_root)
+    answer = {"Error": {"Code": "ExpiredToken"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+
+    def expired(*_: object, **__: object) -> None:
+        raise ClientError(answer, "GetObject")  # type: ignore[arg-type]
+
+    with pytest.raises(StoreUnavailableError, match="ExpiredToken"):
+        store._once("get", "a", expired)  # type: ignore[attr-defined]
 
 
 def test_put_and_delete(store: ObjectStore) -> None:

@@ -3,6 +3,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -21,7 +22,7 @@ from featurex_ray.errors import (
     TableDamagedError,
     TableNotFoundError,
 )
-from featurex_ray.table import FeatureTable, open_store, publish
+from featurex_ray.table import FeatureTable, log, open_store, prune, publish
 from featurex_ray.table.compare import State
 from featurex_ray.table.publish import merge
 from featurex_ray.table.store import Listed, ObjectStore
@@ -142,6 +143,57 @@ def test_who_reads_an_object_that_is_replaced_begins_again(
     monkeypatch.setattr(publish, "merge", replaced_once)
     local_table.publish(plan)
     assert (len(times), content(local_table)) == (2, world.expected())
+
+
+def test_who_completes_a_plan_whose_objects_are_replaced_begins_again(
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The features object by another run, the failure object by one that took samples out of it."""
+    world = World(4, failing=frozenset({"s0001"}))
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    stage(local_table, plan, world)
+    local_table.publish(plan)
+    local_table.store.delete(local_table.facts.keys.done_record("d", 0))  # as where its writer was killed
+    times: list[str] = []
+
+    @contextmanager
+    def replaced_once(store: ObjectStore, key: str) -> Iterator[Any]:
+        times.append(key)
+        if times.count(key) == 1:
+            raise ReplacedError("it was replaced while it was read")
+        with log.open_parquet(store, key) as opened:
+            yield opened
+
+    monkeypatch.setattr(publish, "open_parquet", replaced_once)
+    monkeypatch.setattr(prune, "open_parquet", replaced_once)
+    arguments = local_table.store, local_table.facts
+    assert prune.failed_ids(*arguments, "d", 0).to_pylist() == ["s0001"]
+    published = publish.finish_if_published(*arguments, plan)
+    assert published is not None
+    assert (published.num_samples, published.num_failed) == (3, 1)
+    assert max(map(times.count, times)) == 2
+
+
+def test_parts_beyond_what_a_process_may_map_are_merged(
+    local_table: FeatureTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux maps 65,530 files; a plan of long videos has more parts."""
+    world = World(40)
+    (plan,) = local_table.plan(world.samples, run_id="r")
+    for number in range(40):
+        local_table.write_part(plan, world.part([f"s{number:04d}"]))
+    mapped = []
+    write = publish._write_object
+
+    def watched(*arguments: Any) -> Path:
+        folder = str(arguments[-1].parent)
+        mapped.append(sum(folder in line for line in Path("/proc/self/maps").read_text().splitlines()))
+        return write(*arguments)
+
+    monkeypatch.setattr(publish, "_write_object", watched)
+    local_table.publish(plan)
+    assert 1 <= mapped[0] <= 2
+    assert content(local_table) == world.expected()
 
 
 def test_a_full_disk_is_not_called_a_damaged_table(
@@ -322,7 +374,9 @@ def test_public_objects_without_facts_fails(store: ObjectStore) -> None:
         FeatureTable.open_or_create(store, FACTS)
 
 
-@pytest.mark.parametrize("name", ["a/b", "", "_featurex", "x.failures", ".hidden", "ä"])
+@pytest.mark.parametrize(
+    "name", ["a/b", "", "_featurex", "x.failures", ".hidden", "ä", "tmp", "probe", "clock"]
+)
 def test_table_name_fails(local_table: FeatureTable, name: str) -> None:
     with pytest.raises(RequestError, match="can't be a table's name"):
         FeatureTable.open_or_create(local_table.store, replace(FACTS, name=name))
