@@ -108,37 +108,32 @@ class MergedDays:
         """The columns that travel along."""
         return next(iter(self.days.values())).carried
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """Samples, each once."""
-        return sum(int(np.count_nonzero(kept)) for kept in self._kept.values())
+        return sum(batch.num_rows for batch in self.batches())
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The samples, the latest day's first."""
-        for day, kept in self._kept.items():
-            start = 0
+        """The samples, the latest day's first.
+
+        Which rows are the latest is found anew in each reading: a day's file may be written meanwhile.
+        """
+        later: list[IdIndex] = []
+        for day in sorted(self.days, reverse=True):
+            hashes = [np.zeros((0, 2), np.uint64)]
             for batch in self.days[day].batches():
-                part = batch.filter(pa.array(kept[start : start + batch.num_rows]))
-                start += batch.num_rows
+                hashes.append(_hashes(batch))
+                is_latest = np.ones(batch.num_rows, bool)
+                for index in later:
+                    is_latest &= index.find(hashes[-1]) < 0
+                part = batch.filter(pa.array(is_latest))
                 place = part.schema.get_field_index("backfill_day")
                 days = pa.repeat(pa.scalar(day, pa.date32()), part.num_rows)
                 yield pa.RecordBatch.from_arrays(
                     [days if n == place else column for n, column in enumerate(part.columns)],
                     schema=part.schema,
                 )
-
-    @cached_property
-    def _kept(self) -> dict[date, np.ndarray]:
-        """(N,) bool by day, the latest first: which of its rows no later day has."""
-        kept: dict[date, np.ndarray] = {}
-        later: list[IdIndex] = []
-        for day in sorted(self.days, reverse=True):
-            hashes = np.concatenate([_hashes(batch) for batch in self.days[day].batches()])
-            kept[day] = np.ones(len(hashes), bool)
-            for index in later:
-                kept[day] &= index.find(hashes) < 0
-            later.append(IdIndex(hashes))
-        return kept
+            later.append(IdIndex(np.concatenate(hashes)))
 
 
 def _hashes(batch: pa.RecordBatch) -> np.ndarray:

@@ -121,6 +121,17 @@ def test_the_latest_day_wins(pictures: list[Path], tmp_path: Path) -> None:
     }
 
 
+def test_a_day_that_is_written_again_meanwhile(pictures: list[Path], tmp_path: Path) -> None:
+    """Which rows are the latest is what the days hold by then."""
+    write_day(tmp_path, 1, dict.fromkeys(pictures[:4], "1"))
+    write_day(tmp_path, 3, dict.fromkeys(pictures[2:6], "3"))
+    merged = read_days(job(tmp_path, tmp_path / "out"), JANUARY)
+    assert merged.num_samples == 6
+    write_day(tmp_path, 3, dict.fromkeys(reversed(pictures[1:8]), "3"))
+    found = [(row["uri"], row["version"]) for batch in merged.batches() for row in batch.to_pylist()]
+    assert sorted(found) == [(str(uri), "1" if n < 1 else "3") for n, uri in enumerate(pictures[:8])]
+
+
 def test_carried_columns_of_several_days(pictures: list[Path], tmp_path: Path) -> None:
     write_day(tmp_path, 1, dict.fromkeys(pictures[:1], "1"), label=7)
     write_day(tmp_path, 2, dict.fromkeys(pictures[1:2], "1"), label="seven")
