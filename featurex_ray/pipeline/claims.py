@@ -48,6 +48,16 @@ class Claims:
             start = stop
         return [], list(waiting)
 
+    def free_ones(self, waiting: Sequence[Assignment]) -> list[Assignment]:
+        """Those that nobody works on; nothing is claimed."""
+
+        def is_free(assignment: Assignment) -> bool:
+            return all(self._leases[i].is_free(plan) for i, plan in assignment.plans.items())
+
+        with ThreadPoolExecutor(CLAIMS_AT_ONCE) as threads:
+            free = threads.map(is_free, waiting)
+            return [assignment for assignment, is_so in zip(waiting, free, strict=True) if is_so]
+
     def open_ones(self, waiting: Sequence[Assignment]) -> list[Assignment]:
         """What is not done yet, by whomever."""
         done = [table.done_plans() for table in self._tables]

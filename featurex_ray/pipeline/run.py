@@ -176,7 +176,7 @@ def carry_out(request: Request, agenda: Agenda, progress: Progress) -> RunReport
             refuse_local_store_on_many_hosts(request.store)
             ask_nodes(request.store)
         probe_store(request.store)
-        tables = [_open_table(request, index) for index in range(len(request.extractors))]
+        tables = _open_tables(request)
         report = _new_report(request, tables)
         events.bind(run_id=report.run_id)
         claims = Claims(tables, report.run_id)
@@ -225,10 +225,19 @@ def _see_done(
         RunError: Another run broke off, and left a plan of media that this one may not read.
     """
     waiting, said = list(assignments), 0
+    fit: set[Plan] = set()  # of other runs
     refused: list[str] = []
     while waiting := claims.open_ones(waiting):
-        mine, waiting = claims.take(waiting)
-        refused += _refuse_what_others_may_read(request, tables, mine, report.run_id)
+        unknown = [one for one in waiting if _is_anothers(one, report.run_id) and one.leader[1] not in fit]
+        for one in claims.free_ones(unknown):
+            if why := _refusal(request, tables, one):  # before it is claimed, and kept from who may do it
+                refused.append(why)
+                waiting.remove(one)
+            else:
+                fit.add(one.leader[1])
+                unknown.remove(one)
+        mine, others = claims.take([one for one in waiting if one not in unknown])
+        waiting = [*others, *(one for one in waiting if one in unknown)]
         if mine:
             connect(request.job)
             _execute(request, tables, mine, report, progress, started)
@@ -241,28 +250,25 @@ def _see_done(
         raise RunError(refused[0])
 
 
-def _refuse_what_others_may_read(
-    request: Request, tables: Sequence[FeatureTable], mine: list[Assignment], run_id: str
-) -> list[str]:
-    """Take plans out that are another run's and name what this run may not read; why, of each.
+def _is_anothers(assignment: Assignment, run_id: str) -> bool:
+    _, plan = assignment.leader
+    return plan.run_id != run_id and plan.kind != "prune"
 
-    To do them would be to fail their samples, which are none of this run's, for all.
+
+def _refusal(request: Request, tables: Sequence[FeatureTable], assignment: Assignment) -> str | None:
+    """Why another run's plan is left as it is: it names what this run may not read; None if it doesn't.
+
+    To do it would be to fail its samples, which are none of this run's, for all.
     """
-    refused = []
-    for assignment in list(mine):
-        index, plan = assignment.leader
-        if plan.run_id == run_id or plan.kind == "prune":
-            continue
-        rows = tables[index].read_plan(plan, columns=["uri", "data_file"])
-        uris = pc.coalesce(rows["data_file"], rows["uri"])
-        unclear = uris.filter(pc.invert(request.policy.plainly_allowed(uris))).to_pylist()
-        if refusal := next(filter(None, map(request.policy.refusal, unclear)), None):
-            mine.remove(assignment)
-            refused.append(
-                f"run {plan.run_id} broke off, and its plan {plan.plan_id} holds samples of this manifest "
-                f"beside others that this run may not read: {refusal}. Run that one again, or widen this"
-            )
-    return refused
+    index, plan = assignment.leader
+    rows = tables[index].read_plan(plan, columns=["uri", "data_file"])
+    uris = pc.coalesce(rows["data_file"], rows["uri"])
+    unclear = uris.filter(pc.invert(request.policy.plainly_allowed(uris))).to_pylist()
+    refusal = next(filter(None, map(request.policy.refusal, unclear)), None)
+    return refusal and (
+        f"run {plan.run_id} broke off, and its plan {plan.plan_id} holds samples of this manifest "
+        f"beside others that this run may not read: {refusal}. Run that one again, or widen this"
+    )
 
 
 def plan_only(job: ExtractionJob, *, prune: bool = False) -> list[str]:
@@ -307,6 +313,18 @@ def ray_as_found() -> Iterator[None]:
     finally:
         if not was_there and ray.is_initialized():
             ray.shutdown()
+
+
+def _open_tables(request: Request) -> list[FeatureTable]:
+    """The table of each extractor. Those that are there come first: what they refuse leaves nothing made."""
+    names = [request.job.table_of(extractor) for extractor in request.job.extractors]
+    is_new = [not _recorded(request.store, name) for name in names]
+    if any(is_new):
+        connect(request.job)
+        nvdec = "nvdec" in request.job.decoder
+        deploy(request.job, cluster_resources(request.job), most=1, decodes_on_gpu=nvdec)  # or refuse
+    opened = {index: _open_table(request, index) for index in np.argsort(is_new, kind="stable").tolist()}
+    return [opened[index] for index in range(len(names))]
 
 
 def _open_table(request: Request, index: int) -> FeatureTable:

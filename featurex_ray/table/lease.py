@@ -103,6 +103,12 @@ class Leases:
             return True
         return False
 
+    def is_free(self, plan: Plan) -> bool:
+        """Whether `claim` would find that nobody works on the plan; a claim may be lost all the same."""
+        key = self._facts.keys.lease(plan.dataset, plan.number)
+        held = self._held.get(key) or self._read(key)
+        return held is None or held[0].owner == self._mine.owner or self._is_free(held[0])
+
     def beat(self) -> None:
         """Moves this run's counter."""
         self._beats += 1

@@ -168,6 +168,9 @@ def test_two_extractors_share_one_decode(photos: Path, tmp_path: Path) -> None:
     assert fx.run(both).planned == 0
 
 
+INSIDE = ("etag", "stage", "error", "message", "unit_index", "target", "failed_in", "assignment", "plan_row")
+
+
 def test_inline_media_and_failures_keep_their_neighbours(photos: Path, tmp_path: Path) -> None:
     pictures = [path.read_bytes() for path in sorted(photos.rglob("*.png"))]
     pictures[3] = pictures[3][:100]
@@ -179,14 +182,18 @@ def test_inline_media_and_failures_keep_their_neighbours(photos: Path, tmp_path:
             "dataset": ["a" if i < 6 else "b" for i in range(12)],
             "note": [f"note {i}" for i in range(12)],
         }
+        # What columns are called on the way, and in staged parts.
+        | {name: [f"own {i}" for i in range(12)] for name in INSIDE}
     )
     pq.write_table(manifest, tmp_path / "m.parquet")
-    report = fx.run(job(tmp_path / "m.parquet", tmp_path / "out", keep_columns=("note",)))
+    report = fx.run(job(tmp_path / "m.parquet", tmp_path / "out", keep_columns=("note", *INSIDE)))
     assert report.tables[0].failures_by_code == {"truncated": 1, "empty": 1}
     table = fx.open_table(str(tmp_path / "out/attention_convnet"))
     assert sorted(table.to_arrow()["note"].to_pylist()) == sorted(
         f"note {i}" for i in range(12) if i not in (3, 7)
     )
+    for row in table.to_arrow().to_pylist():
+        assert {row[name] for name in INSIDE} == {f"own {int(row['sample_id'])}"}
     assert sorted(table.failures()["sample_id"].to_pylist()) == ["003", "007"]
     assert report.failure_rate == pytest.approx(2 / 12)
 
@@ -248,10 +255,27 @@ def test_a_killed_runs_plan_of_media_that_may_not_be_read_is_left_to_it(
     ours = job(manifest("ours", names[:5]), output, only_prefix=(str(photos),))
     with pytest.raises(RunError, match=r"run gone broke off.*outside\.png.*--only-prefix"):
         fx.run(ours)
+    # Nor does this run's claim keep it from whoever may do it.
+    assert not list(Path(output).glob("_featurex/attention_convnet/leases/*/0000000001.json"))
     table = fx.open_table(f"{output}/attention_convnet")
     assert sorted(table.to_arrow()["sample_id"].to_pylist()) == sorted([names[0], *names[2:5], "red.png"])
     assert len(table.failures()) == 0
     assert fx.run(dataclasses.replace(ours, only_prefix=())).tables[0].done == 2
+
+
+def test_a_request_that_is_refused_makes_no_table(begun: Path, tmp_path: Path) -> None:
+    """Else the right one that follows would be held to the wrong one's facts."""
+    output = tmp_path / "out"
+    shutil.copytree(begun, output)
+    wrong = job(begun.parent / "m.csv", output, precision="bf16")
+    both = ("torchvision/squeezenet1_1", "attention_convnet")
+    two = dataclasses.replace(wrong, extractor=both, weights=("torchvision/squeezenet1_1=none",))
+    with pytest.raises(RevisionMismatchError, match="attention_convnet holds extractor revision"):
+        fx.run(two)
+    with pytest.raises(RequestError, match="the cluster has 1 GPUs"):
+        fx.run(dataclasses.replace(wrong, table="new", gpus_per_extract_actor=9))
+    made = {path.name for path in output.glob("_featurex/*") if (path / "table.json").exists()}
+    assert made == {"attention_convnet"}
 
 
 def test_changed_samples_are_done_again_and_new_ones_added(photos: Path, tmp_path: Path) -> None:
