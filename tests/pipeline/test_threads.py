@@ -33,7 +33,7 @@ decode = DecodeMedia(DecodeSettings(
     policy=ReadPolicy(str(manifest), allow_prefixes=(media,)), inputs=(extractor.spec.input,),
     sampling=Sampling.parse("uniform:16"), clip_seconds=None, clip_stride_seconds=None, decoder="pyav",
 ))
-units = decode(planned(manifest, 12))
+units = decode(planned(str(manifest), 12))
 found = {"arrow": pa.cpu_count()}
 if stage == "extract":
     import torch
