@@ -407,6 +407,7 @@ RETRY_OPTIONS = (
     "extract_actors",
     "gpus_per_extract_actor",
     "address",
+    "max_resources",
 )
 """What changes no feature; all else is as the table recorded it."""
 

@@ -189,6 +189,9 @@ class ExtractionJob:
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without reading anything."""
+        for name in ("keep_columns", "weights", "allow_prefix", "only_prefix"):
+            if isinstance(value := getattr(self, name), str):  # its letters would be taken for the values
+                raise RequestError(f"{name}={value!r} is one text: give a tuple of them, ({value!r},)")
         self._check_data()
         self._check_clips()
         self._check_model()

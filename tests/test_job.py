@@ -58,6 +58,8 @@ def test_every_option_explains_itself() -> None:
         ({"extractor": ("a", "b"), "weights": ("w",)}, "EXTRACTOR=URI"),
         ({"extractor": ("a", "b"), "table": "t"}, "share a table"),
         ({"extractor": ("cnn_lstm", "cnn_lstm,rnn=gru")}, "share a table"),
+        ({"allow_prefix": "s3://media/"}, "allow_prefix='s3://media/' is one text: give a tuple"),
+        ({"keep_columns": "note"}, "keep_columns='note' is one text"),
     ],
 )
 def test_job_fails(changes: dict[str, Any], message: str) -> None:

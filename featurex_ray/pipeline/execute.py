@@ -178,14 +178,15 @@ def run_pipeline(work: Work, watched: Watched) -> Iterator[pa.Table]:
     Raises:
         RunError: A stage failed for good, or nothing moved any more; the run can be run again.
     """
-    configure(DataContext.get_current())
+    context = DataContext.get_current().copy()  # the caller's is for what else it does with Ray Data
+    configure(context)
     if not work.deployment.may_shrink:
-        DataContext.get_current().autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
-    watch(DataContext.get_current(), watched)
+        context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
+    watch(context, watched)
     try:
-        yield from build_dataset(work).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
+        with DataContext.current(context):
+            dataset = build_dataset(work)
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         raise RunError(f"the pipeline stopped: {first_line(error)}; run it again to go on") from error
     except ExecutionTimeoutError as error:

@@ -122,10 +122,14 @@ def agree(store: ObjectStore, facts: TableFacts) -> TableFacts:
             "Name another --table"
         )
     for item in facts.carried:
-        if item.name not in held.carried.names or not _holds(held.carried.field(item.name).type, item.type):
+        if item.name not in held.carried.names:
             raise RequestError(
-                f"{store.uri}/{facts.name} was created without the carried column {item.name}: {item.type}; "
-                f"it carries ({', '.join(f'{have.name}: {have.type}' for have in held.carried)})"
+                f"{store.uri}/{facts.name} was created without the carried column {item.name}; "
+                f"it carries ({', '.join(held.carried.names)})"
+            )
+        if not _holds(kind := held.carried.field(item.name).type, item.type):
+            raise RequestError(
+                f"{store.uri}/{facts.name} carries {item.name} as {kind}; this manifest has it as {item.type}"
             )
     return held
 
