@@ -58,12 +58,19 @@ class StreamHeader(NamedTuple):
     height: int
     num_video_streams: int
     num_discarded_packets: int
+    is_interlaced: bool
 
     @property
     def is_plain(self) -> bool:
-        """Whether any decoder sees the same: the only video stream, 8-bit 4:2:0, all its packets shown."""
+        """Whether any decoder sees the same: the only video stream, 8-bit 4:2:0, all its packets shown.
+
+        Not where frames are of two fields: each may have a packet of its own, which some count as a frame.
+        """
         return (
-            self.pixel_format == "yuv420p" and self.num_video_streams == 1 and self.num_discarded_packets == 0
+            self.pixel_format == "yuv420p"
+            and self.num_video_streams == 1
+            and self.num_discarded_packets == 0
+            and not self.is_interlaced
         )
 
 
@@ -75,11 +82,13 @@ class Shown:
         index: Its place in the timeline.
         image: RGB, upright.
         intact: Whether the decoder made it without guessing.
+        turn: What made it upright, where the decoder knows.
     """
 
     index: int
     image: Image.Image
     intact: bool
+    turn: Image.Transpose | None = None
 
 
 class TimelineDisagreementError(Exception):

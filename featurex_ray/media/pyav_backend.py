@@ -85,6 +85,10 @@ _TRANSPOSES = {
 """Pillow's name for a display matrix (a, b, c, d): x' = a x + c y, y' = b x + d y."""
 
 
+_PROGRESSIVE = 1
+"""FFmpeg's AV_FIELD_PROGRESSIVE: it alone, and 0 for unknown, is no order of two fields."""
+
+
 def preload() -> None:
     """Import all of PyAV now, so that nothing has to be opened later."""
     for module in pkgutil.walk_packages(av.__path__, "av."):
@@ -199,7 +203,8 @@ class PyavDecoder:
         else:
             decoded = self._decode_spans(deque(self._spans(indices)))
         for index, frame in decoded:
-            yield Shown(index, self._picture(frame), not frame.is_corrupt)
+            turn = _turn(frame)
+            yield Shown(index, self._picture(frame, turn), not frame.is_corrupt, turn)
 
     def redecode(self, low: int, high: int) -> None:
         """Make the timeline's frames `low` to `high` (inclusive) anew, from what the decoder shows."""
@@ -407,7 +412,7 @@ class PyavDecoder:
             raise DecodeError("unsupported_codec", f"the codec {context.codec.name} is not on the list")
         self._limits.check_size(context.width, context.height)
 
-    def _picture(self, frame: VideoFrame) -> Image.Image:
+    def _picture(self, frame: VideoFrame, turn: Image.Transpose | None) -> Image.Image:
         """Convert to RGB and turn upright."""
         try:
             rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
@@ -417,7 +422,6 @@ class PyavDecoder:
         plane = rgb.planes[0]
         pixels = np.frombuffer(plane, np.uint8)  # type: ignore[call-overload]  # a buffer, which PyAV's stubs don't say
         image = Image.frombuffer("RGB", (rgb.width, rgb.height), pixels, "raw", "RGB", plane.line_size, 1)
-        turn = _turn(frame)
         return image if turn is None else image.transpose(turn)
 
 
@@ -451,6 +455,7 @@ def _header(
         height=context.height,
         num_video_streams=len(videos),
         num_discarded_packets=sum(packet.is_discard for packet in packets),
+        is_interlaced=context.field_order > _PROGRESSIVE,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from featurex_ray.errors import DecodeError, ProbeError, RequestError
 from featurex_ray.media import decord_backend, nvdec_backend
@@ -32,6 +33,13 @@ _MAX_WINDOWS = 1_000_000
 
 _DECORD_TOLERANCE = 2
 """Of 255: by how much its pixels may differ from PyAV's; all that were measured are equal."""
+
+_MIRRORED = {
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.TRANSVERSE,
+}
 
 _NVDEC_TOLERANCE = 4.0
 """Of 255: by how much its pixels may differ from PyAV's on average; it interpolates chroma in its own way."""
@@ -399,7 +407,8 @@ def _try_decord(
         first = next(pyav.frames(unit.clips[0][1][:1]))
     except TimelineDisagreementError:
         return None
-    # It doesn't know mirrored display matrices, which no header shows beforehand.
+    if first.turn in _MIRRORED:  # which it doesn't know, and no header shows beforehand
+        return None
     difference = np.abs(filled.frames[0][0].astype(int) - fit(first.image, inputs[0]))
     return filled if difference.max() <= _DECORD_TOLERANCE else None
 
@@ -413,8 +422,10 @@ def _try_nvdec(
     keyframe = np.flatnonzero(pyav.timeline.keyframes[: first + 1])[-1:]
     try:
         nvdec = nvdec_backend.NvdecDecoder(data, pyav.timeline, device=device)
-        pictures = [fit(next(decoder.frames(keyframe)).image, inputs[0]) for decoder in (pyav, nvdec)]
-        if len(keyframe) and np.abs(np.subtract(*pictures, dtype=int)).mean() <= _NVDEC_TOLERANCE:
+        theirs, ours = (next(decoder.frames(keyframe)) for decoder in (nvdec, pyav))
+        pictures = [fit(shown.image, inputs[0]) for shown in (theirs, ours)]
+        # Whether a card turns pictures depends on how torchcodec was built; black ones wouldn't tell.
+        if ours.turn is None and np.abs(np.subtract(*pictures, dtype=int)).mean() <= _NVDEC_TOLERANCE:
             return _fill(nvdec, unit, inputs)
     except (TimelineDisagreementError, StopIteration):
         return None

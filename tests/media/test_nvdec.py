@@ -17,7 +17,7 @@ from featurex_ray.media.sniff import sniff
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.pipeline.run import _settled
 from tests.media.barcode import HEIGHT, WIDTH
-from tests.media.test_video import decode, media, numbers, request
+from tests.media.test_video import decode, media, mirrored, numbers, request
 
 EXACT = ["h264.mp4", "h264.mkv", "h264-open-gop.mp4", "hevc.mp4", "vp8.webm", "vp9.webm", "av1.mkv"]
 
@@ -95,6 +95,15 @@ def test_a_card_that_shows_other_colours_is_not_believed(monkeypatch: pytest.Mon
     found = decode(media("h264.mp4"), request(), policy="nvdec")
     assert found.decoder == "pyav"
     assert numbers(found) == list(range(60))
+
+
+def test_a_card_that_may_not_turn_pictures_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A black picture would look alike either way."""
+    monkeypatch.setattr(nvdec_backend, "NvdecDecoder", Greenish)
+    monkeypatch.setattr(nvdec_backend, "is_installed", lambda: True)
+    monkeypatch.setattr(video, "_NVDEC_TOLERANCE", 255.0)
+    assert decode(media("h264.mp4"), request(), policy="nvdec").decoder == "nvdec"
+    assert decode(mirrored(media("h264.mp4")), request(), policy="nvdec").decoder == "pyav"
 
 
 @pytest.mark.skipif(is_installed(), reason="torchcodec is installed")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from featurex_ray.errors import DecodeError, ProbeError, RequestError
 from featurex_ray.media import decord_backend
+from featurex_ray.media import video as videos
 from featurex_ray.media.decoder import DecoderPolicy
 from featurex_ray.media.limits import MediaLimits
 from featurex_ray.media.preprocess import InputSpec
@@ -84,6 +85,9 @@ FILMS: dict[str, dict[str, object]] = {
     },
     "h264.mov": {"container": "mov", "codec": "libx264", "options": X264},
     "mpeg4.mp4": {"container": "mp4", "codec": "mpeg4", "options": {"bf": "2"}},
+    "h264-interlaced.mp4": {
+        "container": "mp4", "codec": "libx264", "options": X264 | {"flags": "+ildct+ilme"},
+    },
     "mpeg2-interlaced.mkv": {
         "container": "matroska", "codec": "mpeg2video", "options": {"flags": "+ildct+ilme", "bf": "2"},
     },
@@ -160,21 +164,33 @@ def test_decord_gives_the_same_pixels(name: str) -> None:
 
 
 @needs_decord
-@pytest.mark.parametrize("name", ["h264.ts", "h264.avi", "mpeg2.ts", "mpeg4.avi", "hevc.mp4", "av1.mkv"])
+@pytest.mark.parametrize(
+    "name",
+    ["h264.ts", "h264.avi", "h264-interlaced.mp4", "mpeg2.ts", "mpeg4.avi", "hevc.mp4", "av1.mkv"],
+)
 def test_decord_where_it_is_not_exact_fails(name: str) -> None:
     assert decode(media(name), request()).decoder == "pyav"
     with pytest.raises(DecodeError, match="unsupported_codec: decord is not frame-exact on this"):
         decode(media(name), request(), policy="decord")
 
 
-def test_mirrored_display_matrix() -> None:
-    data = media("h264.mp4")
+def mirrored(data: bytes) -> bytes:
+    """An mp4 whose pictures are to be shown with left and right exchanged."""
     upright = (1 << 16).to_bytes(4, "big") + bytes(12) + (1 << 16).to_bytes(4, "big")
     at = data.index(upright, data.index(b"tkhd"))
-    mirrored = data[:at] + (-1 << 16).to_bytes(4, "big", signed=True) + data[at + 4 :]
+    return data[:at] + (-1 << 16).to_bytes(4, "big", signed=True) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("policy", ["auto", "pyav"])
+@pytest.mark.parametrize("tolerance", [2, 255])
+def test_mirrored_display_matrix(
+    policy: DecoderPolicy, tolerance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first picture tells nothing, as one that is black."""
+    monkeypatch.setattr(videos, "_DECORD_TOLERANCE", tolerance)
+    data = media("h264.mp4")
     expected = decode(data, request("every:2"), policy="pyav").frames[0][:, :, ::-1]
-    for policy in ("auto", "pyav"):
-        assert np.array_equal(decode(mirrored, request("every:2"), policy=policy).frames[0], expected)
+    assert np.array_equal(decode(mirrored(data), request("every:2"), policy=policy).frames[0], expected)
 
 
 @needs_decord
