@@ -20,7 +20,7 @@ class FaultyStore(ThreadingHTTPServer):
     """Serves `objects` (path -> bytes) under path-style S3 and plain HTTP URLs.
 
     `faults[path]` is a list of what the next requests for it get: a status, a reset, no answer within
-    `hang_seconds`, or a body that breaks off.
+    `hang_seconds`, or a body that breaks off. `totals[path]` is what its parts say of the whole's size.
     """
 
     daemon_threads = True
@@ -31,6 +31,7 @@ class FaultyStore(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.lengthless: set[str] = set()
+        self.totals: dict[str, str] = {}
         self.redirects: dict[str, str] = {}
         self.delay_seconds = 0.0
         self.hang_seconds = 2.0
@@ -156,9 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
             return len(data)
-        return self._send(data, etag, asked, breaks_off=fault == "short")
+        total = self.server.totals.get(path, str(len(data)))
+        return self._send(data, etag, asked, total, breaks_off=fault == "short")
 
-    def _send(self, data: bytes, etag: str, asked: str | None, *, breaks_off: bool) -> int:
+    def _send(self, data: bytes, etag: str, asked: str | None, total: str, *, breaks_off: bool) -> int:
         first, last = 0, len(data) - 1
         if asked:
             first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
@@ -168,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = data[first : last + 1]
         self.send_response(206 if asked else 200)
         if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
         self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -596,6 +596,17 @@ class TestTar:
         assert getattr(found[0], "code", None) == "bad_archive"
         assert getattr(found[1], "data", None) == b"ok"
 
+    def test_headers_that_only_lead_to_the_next_fail_their_samples_only(self, tmp_path: Path) -> None:
+        named = tarfile.TarInfo("a.jpg")
+        named.type, named.size = tarfile.GNUTYPE_LONGNAME, 6
+        header = named.tobuf(tarfile.GNU_FORMAT) + b"a.jpg".ljust(tarfile.BLOCKSIZE, b"\0")
+        (tmp_path / "s.tar").write_bytes(header * 2000)
+        (tmp_path / "ok.jpg").write_bytes(b"ok")
+        with fetcher("/m.csv") as reader:
+            found = dict(reader.fetch_many([f"{tmp_path}/s.tar::a.jpg", f"{tmp_path}/ok.jpg"]))
+        assert getattr(found[0], "code", None) == "bad_archive"
+        assert getattr(found[1], "data", None) == b"ok"
+
     @pytest.mark.parametrize("size", [-512, 1 << 40])
     @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
     def test_headers_of_impossible_sizes_end(self, tmp_path: Path, size: int, kind: bytes) -> None:
@@ -609,6 +620,23 @@ class TestTar:
         block[148:156] = b"%06o\0 " % sum(block)
         (tmp_path / "s.tar").write_bytes(make_tar({"a.jpg": b"a"})[:1024] + bytes(block) + bytes(10240))
         assert failure(f"{tmp_path}/s.tar::none.jpg", home="/m.csv").code in ("bad_archive", "not_found")
+
+    @pytest.mark.parametrize("scheme", ["s3://bkt", "http"])
+    def test_a_store_need_not_say_how_large_the_tar_is(self, store: FaultyStore, scheme: str) -> None:
+        members = {"v.mp4": b"v" * 20_000_000, **self.MEMBERS}
+        store.objects |= {"/bkt/s.tar": make_tar(members), "/bkt/cut.tar": make_tar(members)[:20_050_000]}
+        store.totals = dict.fromkeys(store.objects, "*")
+        home = f"{store.endpoint}/bkt" if scheme == "http" else scheme
+        with fetcher(allow=(home,)) as reader:
+            for name, data in members.items():
+                assert reader.fetch(f"{home}/s.tar::{name}").data[:] == data
+        assert failure(f"{home}/cut.tar::v.mp4", allow=(home,)).code == "bad_archive"
+
+    def test_a_size_that_is_no_number_fails(self, store: FaultyStore) -> None:
+        store.objects["/bkt/s.tar"] = make_tar(self.MEMBERS)
+        store.totals["/bkt/s.tar"] = "many"
+        assert failure("s3://bkt/s.tar::a.jpg").code == "bad_request"
+        assert failure(f"{store.endpoint}/bkt/s.tar::a.jpg", allow=(store.endpoint,)).code == "bad_request"
 
     def test_links_are_no_members(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -632,6 +660,16 @@ class TestOtherStores:
         store.objects["/x.jpg"] = b"internal"
         error = failure(store.endpoint.replace("127.0.0.1", host) + "/x.jpg", allow=("http://",))
         assert (error.code, error.attempts, store.requests) == ("refused_uri", 1, [])
+
+    @pytest.mark.parametrize(
+        "host", ["www..example.com", f"{'a' * 64}.example.com", ".", "h:8o80", "h:70000"]
+    )
+    def test_a_host_that_cannot_be_asked_fails_its_sample_only(self, store: FaultyStore, host: str) -> None:
+        store.objects["/x.jpg"] = b"web"
+        with fetcher(allow=("http://", store.endpoint)) as reader:
+            found = dict(reader.fetch_many([f"http://{host}/x.jpg", f"{store.endpoint}/x.jpg"]))
+        assert (getattr(found[0], "code", None), getattr(found[0], "attempts", None)) == ("bad_request", 1)
+        assert getattr(found[1], "data", None) == b"web"
 
     def test_http_in_parts(self, store: FaultyStore) -> None:
         store.objects["/pub/v.mp4"] = b"v" * 20_000_000
@@ -719,6 +757,18 @@ class TestOtherStores:
         assert [uri_of(name, listed="hosted://two:80/in") for name in store.find(path)] == [
             "hosted://two:80/in/a b.jpg"
         ]
+
+    def test_messages_hold_no_credentials(self, store: FaultyStore) -> None:
+        fsspec.register_implementation("hosted", HostedFileSystem, clobber=True)
+        filesystem("hosted://secret:80/x")[0].pipe_file("/s.tar", make_tar({"a.jpg": b"a"}))
+        store.objects["/bkt/x?sig=hunter2.tar"] = b""
+        for uri, code in (
+            ("hosted://me:hunter2@secret:80/s.tar::b.jpg", "not_found"),
+            ("s3://bkt/x?sig=hunter2.tar::b.jpg", "bad_archive"),
+            ("s3://bkt/none?sig=hunter2", "not_found"),
+        ):
+            error = failure(uri, allow=("hosted://",))
+            assert (error.code, "hunter2" in error.message) == (code, False)
 
     def test_an_unknown_store_fails(self) -> None:
         with pytest.raises(RequestError, match="nowhere"):

@@ -124,9 +124,10 @@ class Embedder:
         self.normalise = Normalise(self.spec, self.device)
         self._copies = _copy_stream(self.device)
         self.num_rows = self.num_slots = 0  # of device batches so far: what they held, what they had room for
-        if precision == "fp32":
-            # TF32 keeps ten bits; the same frame would differ in the third digit between batch sizes.
-            torch.backends.cudnn.allow_tf32 = False
+        # TF32 keeps ten bits; the same frame would differ in the third digit between batch sizes. Off in any
+        # precision: what a network computes outside of autocast, as `cnn_lstm` its states, is to be float32.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
 
     def embed(self, frames: np.ndarray, clip_lengths: np.ndarray) -> Features:
         """Embed clips.
@@ -334,8 +335,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """Cut rows into batches; the last one is padded with copies of its last row.
 
-    Padded to the next eighth of a batch, below that to the next power of two: a device sees few
-    shapes, and little is computed for nothing.
+    Padded to the next eighth of a batch, below that to the next power of two, and never beyond the
+    batch: a device sees few shapes, and little is computed for nothing.
 
     Yields:
         How many rows are real, and the padded rows.
@@ -343,7 +344,7 @@ def _batches(index: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     step = max(1, batch // 8)
     for start in range(0, len(index), batch):
         rows = index[start : start + batch]
-        padding = -len(rows) % min(step, 1 << (len(rows) - 1).bit_length())
+        padding = min(-len(rows) % min(step, 1 << (len(rows) - 1).bit_length()), batch - len(rows))
         yield len(rows), np.concatenate([rows, np.repeat(rows[-1:], padding, axis=0)])
 
 

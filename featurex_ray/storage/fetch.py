@@ -197,7 +197,7 @@ class Fetcher:
         index = await self._tar_index(tar)
         part = index.find(location.member or "")
         if part is None:
-            raise FetchError("not_found", f"'{tar}' has no file {location.member!r}")
+            raise FetchError("not_found", f"{redact(str(tar))!r} has no file {location.member!r}")
         self._refuse_too_large(location, len(part))
         etag = f"{index.etag}+{part.start}"
         if len(part) > _SPOOL_BYTES:
@@ -227,11 +227,16 @@ class Fetcher:
         except FetchError as error:
             if error.code != "out_of_range":
                 raise
-            raise FetchError("bad_archive", f"'{tar}' is empty") from error
+            raise FetchError("bad_archive", f"{redact(str(tar))!r} is empty") from error
 
         def read_range(part: range) -> bytes:
             reading = self._read(tar, part=part, etag=first.etag)
-            return bytes(asyncio.run_coroutine_threadsafe(reading, self._loop).result().chunk.data or b"")
+            try:
+                return bytes(asyncio.run_coroutine_threadsafe(reading, self._loop).result().chunk.data or b"")
+            except FetchError as error:
+                if error.code != "out_of_range":
+                    raise
+                return b""  # where the tar's size is unknown, its end shows only so
 
         reader = RangeReader(first.size, read_range, start=bytes(first.data or b""))
         members = await self._loop.run_in_executor(self._indexers, index_members, reader)

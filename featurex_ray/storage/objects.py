@@ -5,6 +5,7 @@ import errno
 import mmap
 import os
 import stat
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
@@ -23,6 +24,9 @@ from featurex_ray.storage.uri import Location, redact
 
 Buffer = bytes | mmap.mmap
 
+UNKNOWN_SIZE = sys.maxsize
+"""Of an object of which a store gives a part without saying how large the whole is: larger than any."""
+
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 
@@ -34,7 +38,7 @@ class Chunk:
     Attributes:
         data: The bytes; none when the whole object was asked for and is larger than the limit.
         etag: Changes when the object does.
-        size: Bytes of the whole object.
+        size: Bytes of the whole object; where a part was asked for, it may be `UNKNOWN_SIZE`.
     """
 
     data: Buffer | None
@@ -118,8 +122,8 @@ class WebObjects:
         self, location: Location, headers: Mapping[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = await self._store.set_session()
-        url = URL(str(location), encoded=True)
         try:
+            url = URL(str(location), encoded=True)
             async with session.get(url, headers=headers, allow_redirects=False) as reply:
                 yield reply
         except RefusedUriError as error:
@@ -128,6 +132,8 @@ class WebObjects:
             raise FetchError("timeout", f"{redact(str(location))!r} did not answer") from error
         except aiohttp.ClientError as error:
             raise FetchError("unavailable", f"{redact(str(location))!r}: {type(error).__name__}") from error
+        except ValueError as error:  # a port that is no number, a name that no resolver can be asked for
+            raise FetchError("bad_request", f"{redact(str(location))!r} has no valid host or port") from error
 
 
 class AnyObjects:
@@ -221,7 +227,13 @@ def _range_header(part: range) -> str:
 
 def _total_size(content_range: str | None, content_length: int) -> int:
     """Bytes of the whole object, whether all of it was asked for or a part."""
-    return content_length if content_range is None else int(content_range.rpartition("/")[2])
+    if content_range is None:
+        return content_length
+    size = content_range.rpartition("/")[2]
+    try:
+        return UNKNOWN_SIZE if size == "*" else int(size)
+    except ValueError as error:
+        raise FetchError("bad_request", f"the server sent the range {content_range!r}") from error
 
 
 async def _read_at_most(reply: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -238,5 +250,5 @@ def _s3_message(location: Location, error: Exception) -> str:
     """botocore's own texts name hosts and headers; the code and status say enough."""
     if isinstance(error, ClientError):
         said = error.response.get("Error", {})
-        return f"'{location}': {said.get('Code', '')} {said.get('Message', '')}".rstrip()
-    return f"'{location}': {type(error).__name__}"
+        return f"{redact(str(location))!r}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()
+    return f"{redact(str(location))!r}: {type(error).__name__}"

@@ -11,8 +11,9 @@ FIRST_WINDOW_BYTES = 64 << 10
 _LARGEST_WINDOW_BYTES = 8 << 20
 _LARGEST_HEADER_BYTES = 1 << 20
 """Of names and pax records; more is asked for by broken headers only."""
-# What damaged headers were seen to raise, besides tarfile's own.
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError)
+# What damaged headers were seen to raise, besides tarfile's own. It calls itself for each header that
+# only says more of the next one, such as a long name.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError, RecursionError)
 # Skipping this much costs a store about as much time as reading it.
 _WORTH_SKIPPING_BYTES = 1 << 20
 

@@ -127,6 +127,15 @@ def test_bf16_is_close_to_fp32(text: str) -> None:
         assert weights.sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_float32_is_all_of_float32_in_any_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    embedder("cnn_lstm,backbone=squeezenet1_1,hidden=16", precision=precision)
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_read_only_frames_serve() -> None:
     made = embedder("attention_convnet")
     frames = np.frombuffer(random_frames(made, 3).tobytes(), np.uint8).reshape(3, 32, 32, 3)
@@ -141,6 +150,8 @@ def test_no_clips_give_no_features() -> None:
 def test_batches_have_few_shapes() -> None:
     sizes = [len(padded) for n in range(1, 100) for _, padded in embed._batches(np.arange(n), 32)]
     assert set(sizes) <= {1, 2, 4, 8, 12, 16, 20, 24, 28, 32}
+    sizes = [len(padded) for n in range(1, 100) for _, padded in embed._batches(np.arange(n), 39)]
+    assert set(sizes) <= {1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 39}
     for n in (1, 31, 32, 33, 77):
         cut = list(embed._batches(np.arange(n), 32))
         assert sum(real for real, _ in cut) == n
