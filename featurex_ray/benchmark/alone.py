@@ -104,7 +104,7 @@ def measure_alone(
         begin: Called before each stage, when all is ready for it.
 
     Raises:
-        RequestError: Not one sample could be decoded.
+        RequestError: Not one sample could be decoded, or an extractor embeds none of them.
     """
     units = whole_units(samples)
     settings = _settings(extractors, policy, sampling)
@@ -120,7 +120,7 @@ def measure_alone(
             extractor, precision=precision, device=device, batch_frames=batch_size, num_threads=1
         )
         embed[extractor.spec.name] = _embed_alone(
-            embedder, decoded, inputs.index(extractor.spec.input), begin
+            embedder, decoded, inputs.index(extractor.spec.input), begin, samples=len(units)
         )
         where = str(embedder.device)
         if embedder.device.type != "cpu":
@@ -215,10 +215,21 @@ def _decode_alone(
     return cost, good
 
 
-def _embed_alone(embedder: Embedder, units: pa.Table, index: int, begin: Callable[[], Any]) -> StageCost:
+def _embed_alone(
+    embedder: Embedder, units: pa.Table, index: int, begin: Callable[[], Any], *, samples: int
+) -> StageCost:
+    """The cost of embedding what could be decoded, a sample of all that were read, as of the other stages."""
+    name = embedder.spec.name
+    if embedder.spec.media == "video":  # in a run it is given no images either
+        units = units.filter(pc.not_equal(units["media_type"], "image"))
+    if not len(units):
+        raise RequestError(f"{name} takes videos, and all of the media are images")
     frames = frame_array(units[f"frames_{index}"], embedder.spec.input)
     lengths = np.array([c["num_frames"] for clips in units["clips"].to_pylist() for c in clips])
     first = max(int(np.searchsorted(np.cumsum(lengths), embedder.batch_frames)), 1)
     embedder.embed(frames[: lengths[:first].sum()], lengths[:first])
     begin()
-    return _measured(len(units), lambda: embedder.embed(frames, lengths))[0]
+    cost, features = _measured(samples, lambda: embedder.embed(frames, lengths))
+    if not features.finite.any():
+        raise RequestError(f"{name} embeds none of the media; the first: {features.errors[0]}")
+    return cost

@@ -6,11 +6,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from featurex_ray.errors import RunError
+from featurex_ray.errors import RequestError, RunError
 from featurex_ray.storage import filesystem
 
 PEER_NAMES = {"dataloader": "torch DataLoader loop", "ray-data": "Ray Data as its docs show"}
@@ -29,6 +30,14 @@ class Timed:
     samples: int
     seconds: float
     report: dict[str, Any] | None = None
+
+    @property
+    def failures(self) -> str:
+        """What part of its samples failed and why, for people; nothing where none did or none is known."""
+        if self.report is None or not self.report["failed"]:
+            return ""
+        share = self.report["failed"] / self.report["planned"]
+        return f"{share:.1%} of the samples failed: {_codes(self.report['tables'])}"
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Contender:
 
         Raises:
             RunError: It failed.
+            RequestError: It is ours, and an extractor failed on every sample: nothing was measured.
         """
         output = f"{output}-{self.name.replace(' ', '-')}"
         command = [word.format(manifest=manifest, output=output) for word in self.command]
@@ -88,7 +98,15 @@ class Contender:
         seconds = time.perf_counter() - start
         if done.returncode:
             raise RunError(f"{self.name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-        return Timed(samples, seconds, _report(output) if self.is_ours else None)
+        if not self.is_ours:
+            return Timed(samples, seconds)
+        report = _report(output)
+        for table in report["tables"]:
+            if table["failed"] == table["planned"]:
+                raise RequestError(
+                    f"{table['extractor']} failed on all {samples:,} samples: {_codes([table])}"
+                )
+        return Timed(samples, seconds, report)
 
     def to_json(self) -> dict[str, Any]:
         """All figures."""
@@ -102,6 +120,12 @@ def _report(output: str) -> dict[str, Any]:
     store, path = filesystem(output)
     report: dict[str, Any] = json.loads(store.cat_file(min(store.glob(f"{path}/_featurex/*/runs/*.json"))))
     return report
+
+
+def _codes(tables: Sequence[dict[str, Any]]) -> str:
+    """Failures of tables by code, the most frequent first."""
+    counts = sum((Counter(table["failures_by_code"]) for table in tables), Counter[str]())
+    return ", ".join(f"{code} {count:,}" for code, count in counts.most_common())
 
 
 def ours(options: Sequence[str]) -> Contender:

@@ -128,7 +128,7 @@ def _graphed(forward: Forward, batch: Tensor) -> Callable[[], Any]:
             forward(batch)
     torch.cuda.current_stream(batch.device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=aside):  # its own is one of the device that is current, not of ours
         forward(batch)
     return graph.replay
 

@@ -170,6 +170,8 @@ class Benchmark:
             f"            object store: peak {watched['object_store_peak_bytes'] >> 20} MiB, "
             f"spilled {watched['spilled_bytes'] >> 20} MiB"
         )
+        if run.large[-1].failures:
+            yield f"            {run.large[-1].failures}"
 
     def _peer_lines(self) -> Iterator[str]:
         ours = self.contenders[0]
@@ -203,7 +205,8 @@ def benchmark(settings: Settings, say: Say) -> Benchmark:
         say: Told of every run that was done.
 
     Raises:
-        RequestError: There are no media, or the device or an extractor can't be used.
+        RequestError: There are no media, none that an extractor embeds, or the device or an extractor can't
+            be used.
         RunError: A run failed.
     """
     if settings.samples < SMALL or settings.repeats < 1:

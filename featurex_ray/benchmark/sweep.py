@@ -53,6 +53,7 @@ class Point:
         stage_seconds: Of all workers together, by stage: the work, whenever it was done.
         driver_cpu_ms: CPU of the driver, a sample, start-up included.
         peak_bytes: The most memory of a process, by `decode`, `extract` and `driver`.
+        failures: What part of the samples failed and why; empty where none did.
     """
 
     value: float
@@ -62,6 +63,7 @@ class Point:
     stage_seconds: dict[str, float]
     driver_cpu_ms: float
     peak_bytes: dict[str, int]
+    failures: str = ""
 
     @property
     def work(self) -> float:
@@ -96,6 +98,9 @@ class Sweep:
                 f"{p.value:>24,g} | {p.samples:>7,} | {p.seconds:7.1f} | {p.startup_seconds:8.1f} | {work} | "
                 f"{p.driver_cpu_ms:.3f} | {memory}"
             )
+        for p in self.points:
+            if p.failures:
+                yield f"{p.value:g} {UNITS[self.axis]}: {p.failures}"
         yield f"workers' seconds grow as {self.axis} to the power of {self.exponent:.2f}"
 
     def to_json(self) -> dict[str, Any]:
@@ -147,7 +152,8 @@ def sweep(
         say: Told of each run.
 
     Raises:
-        RequestError: There are no media, or too few samples for two places on the axis.
+        RequestError: There are no media, none that an extractor embeds, or too few samples for two places on
+            the axis.
         RunError: A run failed.
     """
     if axis == "samples" and samples < SAMPLES[1]:
@@ -163,7 +169,8 @@ def _measured(case: Case, options: Sequence[str], work: Scratch, number: int) ->
     manifest = work.put(case.pieces.manifest(work.folder / f"manifest-{number}.parquet", case.samples))
     allowed = ["--allow-prefix", case.pieces.prefix] if case.pieces.prefix else []
     run = ours([*options, *case.options, *allowed])
-    report = run.timed(manifest, case.samples, f"{work.uri}/{number}").report or {}
+    timed = run.timed(manifest, case.samples, f"{work.uri}/{number}")
+    report = timed.report or {}
     return Point(
         case.value,
         case.samples,
@@ -172,6 +179,7 @@ def _measured(case: Case, options: Sequence[str], work: Scratch, number: int) ->
         stage_seconds=report["stage_seconds"],
         driver_cpu_ms=1000 * report["driver_cpu_seconds"] / case.samples,
         peak_bytes=report["peak_bytes"],
+        failures=timed.failures,
     )
 
 

@@ -20,17 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from featurex_ray.benchmark import measure
-from featurex_ray.benchmark.alone import Costs, StageCost, measure_on_all_cpus
+from featurex_ray.benchmark.alone import Costs, StageCost, measure_alone, measure_on_all_cpus
 from featurex_ray.benchmark.contenders import Contender, Timed
 from featurex_ray.benchmark.latency import SlowProxy
 from featurex_ray.benchmark.measure import Benchmark, Settings, benchmark
 from featurex_ray.benchmark.peers import batch_of, dataloader
 from featurex_ray.benchmark.plot import plot_occupancy
-from featurex_ray.benchmark.work import Pieces
+from featurex_ray.benchmark.work import Pieces, planned
 from featurex_ray.cli import cli
 from featurex_ray.demo import MEDIA
 from featurex_ray.errors import RequestError
@@ -38,6 +39,8 @@ from featurex_ray.media.image import decode_image
 from featurex_ray.media.limits import DEFAULT_LIMITS
 from featurex_ray.models.embed import Embedder
 from featurex_ray.models.registry import resolve
+from featurex_ray.storage import ReadPolicy
+from tests.models.own import MeanColour
 
 GOOD_IMAGE = str(MEDIA / "images" / "astronaut.jpg")
 
@@ -99,6 +102,79 @@ def test_the_bound_is_that_of_all_times() -> None:
     slow, fast = (Costs(1, *[StageCost(s, s)] * 2, {"a": StageCost(s, s)}, "cpu") for s in (0.003, 0.001))
     result = Benchmark(Settings("media"), "fp32", 2, slow, [slow, fast])
     assert result.bound == pytest.approx(2 / (3 * 0.002))
+
+
+@pytest.mark.parametrize(
+    ("extractor", "message"),
+    [
+        ("cnn_lstm,backbone=squeezenet1_1,hidden=16", "takes videos, and all of the media are images"),
+        ("tests.models.own:NotANumber", "embeds none of the media; the first: non_finite"),
+    ],
+)
+def test_media_that_all_fail_are_refused(tmp_path: Path, extractor: str, message: str) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "black.png")
+    with pytest.raises(RequestError, match=message):
+        benchmark(Settings(str(tmp_path), extractors=[extractor], with_ray=False), print)
+
+
+class Slow(MeanColour):
+    """Takes its time for each batch."""
+
+    seconds = 0.5
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return super().__call__(frames)
+
+
+def test_all_stages_cost_a_sample_of_those_that_were_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(Path(GOOD_IMAGE).read_bytes())
+    for name in ("b.jpg", "c.jpg", "d.jpg", "e.jpg"):
+        (tmp_path / name).write_bytes(b"no picture")
+    pieces = Pieces.of(str(tmp_path), tmp_path)
+    manifest = str(pieces.manifest(tmp_path / "m.parquet", 5))
+    costs = measure_alone(
+        planned(manifest, 5),
+        [resolve("tests.benchmark.test_benchmark:Slow")],
+        policy=ReadPolicy(manifest),
+        sampling="uniform:16",
+        precision="fp32",
+        device="cpu",
+        batch_size=None,
+    )
+    assert costs.samples == 5
+    (embed,) = costs.embed.values()
+    assert Slow.seconds / 5 <= embed.seconds < Slow.seconds
+
+
+def reported(folder: Path, *tables: dict[str, Any]) -> Contender:
+    """Ours, by a process that leaves such a report and does nothing else."""
+    known = {name: sum(table[name] for table in tables) for name in ("planned", "failed")}
+    (folder / "report.json").write_text(json.dumps(known | {"tables": tables}))
+    script = folder / "leave.py"
+    script.write_text(
+        "import sys, shutil; from pathlib import Path\n"
+        "runs = Path(sys.argv[2], '_featurex', 'table', 'runs'); runs.mkdir(parents=True)\n"
+        "shutil.copy(sys.argv[1], runs / 'run.json')\n"
+    )
+    command = [sys.executable, str(script), str(folder / "report.json"), "{output}"]
+    return Contender("x", command, is_ours=True)
+
+
+def test_a_run_tells_what_failed(tmp_path: Path) -> None:
+    good = {"extractor": "a", "planned": 8, "failed": 0, "failures_by_code": {}}
+    bad = {"extractor": "b", "planned": 8, "failed": 4, "failures_by_code": {"truncated": 3, "not_found": 1}}
+    run = reported(tmp_path, good, bad).timed("m", 8, str(tmp_path / "some"))
+    assert run.failures == "25.0% of the samples failed: truncated 3, not_found 1"
+    assert reported(tmp_path, good).timed("m", 8, str(tmp_path / "none")).failures == ""
+    assert Timed(8, 1.0).failures == ""
+
+
+def test_a_run_in_which_all_failed_measures_nothing(tmp_path: Path) -> None:
+    good = {"extractor": "a", "planned": 8, "failed": 0, "failures_by_code": {}}
+    bad = {"extractor": "b", "planned": 8, "failed": 8, "failures_by_code": {"unsupported_media": 8}}
+    with pytest.raises(RequestError, match="b failed on all 8 samples: unsupported_media 8"):
+        reported(tmp_path, good, bad).timed("m", 8, str(tmp_path / "all"))
 
 
 def test_media_are_used_again_where_they_are_too_few(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """How close extraction comes to its device: here the CPU; on a GPU it is the same code, but for graphs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -57,6 +59,37 @@ def test_a_network_that_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPat
     assert rates.compiled is None
     assert rates.of_best == 1
     assert "compiled: no compiler" in rates.line()
+
+
+def test_a_graph_is_captured_on_the_stream_that_was_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, of: torch.device) -> None:
+            self.device = of
+
+        def wait_stream(self, other: "Stream") -> None:
+            pass
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    used: list[Stream | None] = []
+
+    def use(stream: Stream) -> nullcontext[None]:
+        used.append(stream)
+        return nullcontext()
+
+    for name, value in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": use,
+        "CUDAGraph": Graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream=None: use(stream))
+    device._graphed(lambda batch: batch, torch.zeros(1))
+    warmed_up, captured = used
+    assert captured is warmed_up
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,6 +1,7 @@
 """How cost grows: the media that a sweep makes, what it concludes, and one small sweep for real."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -27,6 +28,14 @@ def test_a_sweep_is_a_table_and_a_picture(tmp_path: Path) -> None:
     assert "power of 1.00" in "\n".join(found.lines())
     (tmp_path / "sweep.png").write_bytes(found.plot())
     assert Image.open(tmp_path / "sweep.png").size[0] > 800
+
+
+def test_a_sweep_tells_what_failed() -> None:
+    found = Sweep(
+        "samples", [point(100, 2.0), replace(point(1000, 20.0), failures="1.0% of the samples failed")]
+    )
+    assert "1000 samples: 1.0% of the samples failed" in list(found.lines())
+    assert not [line for line in found.lines() if line.startswith("100 samples")]
 
 
 def test_the_media_are_of_the_size_and_length_that_they_say(tmp_path: Path) -> None:
