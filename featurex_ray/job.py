@@ -224,9 +224,9 @@ class ExtractionJob:
         if len(self.extractors) == 1:
             return self.weights[0] if self.weights else None
         for item in self.weights:
-            name, _, uri = item.partition("=")
-            if name in (extractor, extractor.partition(",")[0]):
-                return uri
+            for name in (extractor, extractor.partition(",")[0]):  # its options hold equals signs too
+                if item.startswith(f"{name}="):
+                    return item.removeprefix(f"{name}=")
         return None
 
     def table_of(self, extractor: str) -> str:
@@ -261,9 +261,9 @@ class ExtractionJob:
             raise RequestError("--extractor is needed; `featurex extractors` lists them")
         if len(names) == 1 and len(self.weights) > 1:
             raise RequestError("--weights is given several times for one extractor")
-        known = {part for name in names for part in (name, name.partition(",")[0])}
+        known = tuple(f"{part}=" for name in names for part in (name, name.partition(",")[0]))
         for item in self.weights if len(names) > 1 else ():
-            if item.partition("=")[0] not in known or "=" not in item:
+            if not item.startswith(known):
                 raise RequestError(f"--weights {item!r}: with several extractors, give EXTRACTOR=URI")
         tables = [self.table_of(name) for name in names]
         if len(set(tables)) < len(tables):

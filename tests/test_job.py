@@ -70,3 +70,12 @@ def test_job_fails(changes: dict[str, Any], message: str) -> None:
 def test_pool_size() -> None:
     assert PoolSize.parse("3") == PoolSize(3, 3)
     assert PoolSize.parse("2:8") == PoolSize(2, 8)
+
+
+def test_weights_of_several_extractors() -> None:
+    names = ("cnn_lstm,rnn=gru", "torchvision/resnet18")
+    for named in names[0], "cnn_lstm":
+        both = job(extractor=names, weights=(f"{named}=s3://b/a=b.safetensors", "torchvision/resnet18=none"))
+        assert [both.weights_of(name) for name in names] == ["s3://b/a=b.safetensors", "none"]
+    with pytest.raises(RequestError, match="give EXTRACTOR=URI"):
+        job(extractor=names, weights=("cnn_lstm,rnn=lstm=w.safetensors",))
