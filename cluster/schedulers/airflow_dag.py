@@ -1,8 +1,8 @@
 """A nightly backfill for Airflow: a pod that submits to the standing Ray cluster and follows the job.
 
 Needs apache-airflow-providers-cncf-kubernetes and the objects of cluster/kubernetes. The job is idempotent:
-retries and overlaps redo nothing that is done. Nor do they try failed samples again, so that a retry hides too many
-failures (code 3): have an alert for those.
+retries and overlaps redo nothing that is done. Nor do they try failed samples again, so that a retry hides
+too many failures (code 3): have an alert for those.
 """
 
 from datetime import UTC, datetime, timedelta
