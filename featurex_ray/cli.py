@@ -375,7 +375,7 @@ def backfill(
     from featurex_ray.pipeline.backfill import Days, listed, prepare_days
     from featurex_ray.pipeline.backfill import backfill as run_days
     from featurex_ray.pipeline.progress import console_progress
-    from featurex_ray.pipeline.run import preview
+    from featurex_ray.pipeline.tables import preview
 
     days, limit = Days.parse(first, last, recent), Budget.parse(budget) if budget else None
     job = job_from(manifests, options)

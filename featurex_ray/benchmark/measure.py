@@ -347,8 +347,7 @@ def _machine(settings: Settings) -> tuple[int, int]:
         return len(os.sched_getaffinity(0)), torch.cuda.device_count() * settings.with_ray
     import ray
 
-    from featurex_ray.pipeline.connect import connect, hosts
-    from featurex_ray.pipeline.run import ray_as_found
+    from featurex_ray.pipeline.connect import connect, hosts, ray_as_found
 
     with ray_as_found():
         connect(settings)
@@ -372,8 +371,7 @@ def _call_there(settings: Settings, num_gpus: int, work: Callable[[], T]) -> T:
         return work()
     import ray
 
-    from featurex_ray.pipeline.connect import connect
-    from featurex_ray.pipeline.run import ray_as_found
+    from featurex_ray.pipeline.connect import connect, ray_as_found
 
     with ray_as_found():
         connect(settings)

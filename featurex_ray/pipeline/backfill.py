@@ -22,7 +22,8 @@ from featurex_ray.manifest.carried import promote
 from featurex_ray.pipeline.agenda import Budget, ManifestAgenda
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport
-from featurex_ray.pipeline.run import Request, carry_out, memory_given_back, prepare
+from featurex_ray.pipeline.request import Request, prepare
+from featurex_ray.pipeline.run import carry_out, memory_given_back
 from featurex_ray.storage import ReadPolicy
 from featurex_ray.table.ids import IdIndex, hash_ids
 

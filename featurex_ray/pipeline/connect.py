@@ -113,3 +113,14 @@ def refuse_local_store_on_many_hosts(store: ObjectStore) -> None:
             f"{store.uri} is a local directory, and the cluster has {count} hosts that would each write "
             "to their own: give --output an s3:// URI"
         )
+
+
+@contextmanager
+def ray_as_found() -> Iterator[None]:
+    """Leave Ray as it was found: a cluster that this run started ends with it."""
+    was_there = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_there and ray.is_initialized():
+            ray.shutdown()

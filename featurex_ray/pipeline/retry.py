@@ -14,7 +14,8 @@ from featurex_ray.models.recorded import extractor_text, resolve_recorded
 from featurex_ray.pipeline.agenda import RetryAgenda
 from featurex_ray.pipeline.progress import Progress, Silent
 from featurex_ray.pipeline.report import RunReport
-from featurex_ray.pipeline.run import Request, carry_out, memory_given_back
+from featurex_ray.pipeline.request import Request
+from featurex_ray.pipeline.run import carry_out, memory_given_back
 from featurex_ray.storage import ReadPolicy
 from featurex_ray.table.facts import TableFacts
 from featurex_ray.table.read import open_table

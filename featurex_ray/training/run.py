@@ -19,11 +19,10 @@ from featurex_ray.manifest import read_manifest
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import resolve_policy
 from featurex_ray.models.registry import NO_WEIGHTS, ResolvedExtractor, resolve
-from featurex_ray.pipeline.connect import connect
+from featurex_ray.pipeline.connect import connect, ray_as_found
 from featurex_ray.pipeline.decode import DecodeSettings
 from featurex_ray.pipeline.execute import configure, first_line
 from featurex_ray.pipeline.report import versions
-from featurex_ray.pipeline.run import ray_as_found
 from featurex_ray.storage import ReadPolicy, redact, without_secrets
 from featurex_ray.training.augment import Augmentation
 from featurex_ray.training.data import decoded_dataset, outcome

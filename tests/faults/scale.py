@@ -63,20 +63,22 @@ def job_of(folder: Path) -> "ExtractionJob":
 def plan(folder: Path) -> None:
     """From the manifest to plans; on a table that has them already, to the first tasks of a resume."""
     from featurex_ray.pipeline.claims import Claims
-    from featurex_ray.pipeline.run import _open_table, _todo, prepare
+    from featurex_ray.pipeline.request import prepare
     from featurex_ray.pipeline.source import Assignment, slices_of
+    from featurex_ray.pipeline.tables import open_table
+    from featurex_ray.pipeline.work import rows_to_do
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of imports
     before, start = memory_mib("VmRSS"), time.monotonic()
     request = prepare(job_of(folder))
     read = time.monotonic() - start
-    table = _open_table(request, 0)
+    table = open_table(request, 0)
     plans = table.plan(request.manifest.batches, run_id="scale")
     # What a run plans first; of a table that has all its plans, what a resume finds.
     planned = time.monotonic() - start
     claims = Claims([table], "scale")
     mine, _ = claims.take([Assignment({0: plan}) for plan in plans])
-    todo = [_todo([table], assignment) for assignment in mine]
+    todo = [rows_to_do([table], assignment) for assignment in mine]
     slices = [part for n, mask in enumerate(todo) for part in slices_of(n, mask, num_rows=64)]
     ready = time.monotonic() - start
     print(
@@ -97,10 +99,11 @@ def plan(folder: Path) -> None:
 
 def plan_rest(folder: Path) -> None:
     """Every plan of the manifest, as a run has made them once it works on its last samples."""
-    from featurex_ray.pipeline.run import _open_table, prepare
+    from featurex_ray.pipeline.request import prepare
+    from featurex_ray.pipeline.tables import open_table
 
     request = prepare(job_of(folder))
-    table = _open_table(request, 0)
+    table = open_table(request, 0)
     plans = table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40)
     print(json.dumps({"plans": len(plans)}))
 
@@ -108,10 +111,11 @@ def plan_rest(folder: Path) -> None:
 def stage_all(folder: Path) -> None:
     """Publishes every sample with made-up features, as if a run had done it."""
     from featurex_ray import schemas
-    from featurex_ray.pipeline.run import _open_table, prepare
+    from featurex_ray.pipeline.request import prepare
+    from featurex_ray.pipeline.tables import open_table
 
     request = prepare(job_of(folder))
-    table = _open_table(request, 0)
+    table = open_table(request, 0)
     for one in table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40):
         ids = table.read_plan(one)["sample_id"]
         for start in range(0, len(ids), 25_000):

@@ -15,7 +15,7 @@ from featurex_ray.media.nvdec_backend import NvdecDecoder, check, is_installed, 
 from featurex_ray.media.pyav_backend import PyavDecoder
 from featurex_ray.media.sniff import sniff
 from featurex_ray.media.video import resolve_policy
-from featurex_ray.pipeline.run import _settled
+from featurex_ray.pipeline.tables import settle
 from tests.media.barcode import HEIGHT, WIDTH
 from tests.media.test_video import decode, media, mirrored, numbers, request
 
@@ -117,7 +117,7 @@ def test_without_torchcodec_it_is_refused() -> None:
 def test_a_confined_process_can_not_have_it() -> None:
     job = ExtractionJob(manifest="m.csv", output="out", extractor="cnn_lstm", decoder="nvdec")
     with pytest.raises(RequestError, match="needs --isolation none"):
-        _settled(job, {})
+        settle(job, {})
     recorded = dataclasses.replace(job, decoder="auto")
     with pytest.raises(RequestError, match="needs --isolation none"):
-        _settled(recorded, {"decoder": "nvdec+pyav"})
+        settle(recorded, {"decoder": "nvdec+pyav"})
