@@ -119,14 +119,13 @@ class MergedDays:
 
         Which rows are the latest is found anew in each reading: a day's file may be written meanwhile.
         """
-        later: list[IdIndex] = []
+        later = _Later()
         for day in sorted(self.days, reverse=True):
-            hashes = [np.zeros((0, 2), np.uint64)]
+            found = [np.zeros((0, 2), np.uint64)]
             for batch in self.days[day].batches():
-                hashes.append(_hashes(batch))
-                is_latest = np.ones(batch.num_rows, bool)
-                for index in later:
-                    is_latest &= index.find(hashes[-1]) < 0
+                hashes = _hashes(batch)
+                is_latest = later.lacks(hashes)
+                found.append(hashes[is_latest])
                 part = batch.filter(pa.array(is_latest))
                 place = part.schema.get_field_index("backfill_day")
                 days = pa.repeat(pa.scalar(day, pa.date32()), part.num_rows)
@@ -134,7 +133,28 @@ class MergedDays:
                     [days if n == place else column for n, column in enumerate(part.columns)],
                     schema=part.schema,
                 )
-            later.append(IdIndex(np.concatenate(hashes)))
+            later.add(np.concatenate(found))
+
+
+class _Later:
+    """The samples of later days, in few indexes: of a year's days each row is looked up in some eight."""
+
+    def __init__(self) -> None:
+        self._indexes: list[tuple[np.ndarray, IdIndex]] = []
+
+    def lacks(self, hashes: np.ndarray) -> np.ndarray:
+        """(N,) bool: which samples no later day has."""
+        lacking = np.ones(len(hashes), bool)
+        for _, index in self._indexes:
+            left = np.flatnonzero(lacking)
+            lacking[left] = index.find(hashes[left]) < 0
+        return lacking
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Takes a day's samples in, with indexes that are not much larger."""
+        while self._indexes and len(self._indexes[-1][0]) < 2 * len(hashes):
+            hashes = np.concatenate([self._indexes.pop()[0], hashes])
+        self._indexes.append((hashes, IdIndex(hashes)))
 
 
 def _hashes(batch: pa.RecordBatch) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 import featurex_ray as fx
 from featurex_ray.errors import ManifestError, NoManifestError, RequestError
 from featurex_ray.pipeline.agenda import Budget
-from featurex_ray.pipeline.backfill import Days, backfill, fill, read_days
+from featurex_ray.pipeline.backfill import Days, _Later, backfill, fill, read_days
 from featurex_ray.table.log import Plan
 from featurex_ray.table.verify import verify_table
 
@@ -119,6 +119,19 @@ def test_the_latest_day_wins(pictures: list[Path], tmp_path: Path) -> None:
     assert found == {
         str(uri): ("1", "old", 1) if n < 2 else ("3", "new", 3) for n, uri in enumerate(pictures[:6])
     }
+
+
+def test_a_year_of_days_is_looked_up_in_few_indexes() -> None:
+    later, chance = _Later(), np.random.default_rng(3)
+    everything = chance.integers(0, 2**63, (20_000, 2), np.uint64)
+    had = np.zeros(len(everything), bool)
+    for _ in range(365):
+        chosen = chance.choice(len(everything), chance.integers(0, 100), replace=False)
+        is_latest = later.lacks(everything[chosen])
+        np.testing.assert_array_equal(is_latest, ~had[chosen])
+        later.add(everything[chosen][is_latest])
+        had[chosen] = True
+    assert len(later._indexes) <= 12
 
 
 def test_a_day_that_is_written_again_meanwhile(pictures: list[Path], tmp_path: Path) -> None:
