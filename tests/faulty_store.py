@@ -21,6 +21,7 @@ class FaultyStore(ThreadingHTTPServer):
 
     `faults[path]` is a list of what the next requests for it get: a status, a reset, no answer within
     `hang_seconds`, or a body that breaks off. `totals[path]` is what its parts say of the whole's size.
+    No request is answered before so many as `gathers` are there.
     """
 
     daemon_threads = True
@@ -32,6 +33,8 @@ class FaultyStore(ThreadingHTTPServer):
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.lengthless: set[str] = set()
         self.totals: dict[str, str] = {}
+        self.gathered = threading.Event()
+        self.gathers = 0
         self.redirects: dict[str, str] = {}
         self.delay_seconds = 0.0
         self.hang_seconds = 2.0
@@ -58,6 +61,8 @@ class FaultyStore(ThreadingHTTPServer):
             self.requests.append((path, asked))
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
+            if self._at_once >= self.gathers:
+                self.gathered.set()
             return self.faults[path].pop(0) if self.faults[path] else None
 
     def leave(self, sent: int) -> None:
@@ -94,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.enter(path, asked)
         sent = 0
         try:
+            if self.server.gathers:
+                self.server.gathered.wait(60)
             time.sleep(self.server.delay_seconds)
             sent = self._answer(path, asked, fault)
         finally:

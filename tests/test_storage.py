@@ -414,7 +414,7 @@ class TestRetries:
 
 class TestFetchMany:
     def test_many_are_in_flight(self, store: FaultyStore) -> None:
-        store.delay_seconds = 0.5  # long enough for all to arrive on a busy machine
+        store.gathers, store.delay_seconds = 32, 0.2  # in which one more would show
         store.objects.update({f"/bkt/{i}.jpg": b"%d" % i for i in range(128)})
         with fetcher(max_in_flight=32) as reader:
             results = dict(reader.fetch_many(f"s3://bkt/{i}.jpg" for i in range(128)))

@@ -1,6 +1,8 @@
 """Ray nodes as separate processes on this machine, each with an address, CPUs and logical GPUs of its own."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,15 +21,26 @@ import psutil  # isort: skip
 
 BIN = Path(sys.executable).parent
 CHECKOUT = Path(__file__).parents[2]
-SECONDS_TO_START = 90
+SECONDS_TO_START = 240
 QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
 """So that the head misses a killed node within seconds."""
 
+PATIENT = {
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(SECONDS_TO_START),
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": str(SECONDS_TO_START),
+}
+"""Ray gives a dashboard up after a minute, which its ten processes take on a slow machine."""
+
+_ports = random.SystemRandom().sample(range(20_000, 32_000), 2_000)
+"""Below those that the system gives to whoever asks for any, Ray's own processes too."""
+
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port that nobody listens on, and that nobody is given until it is used; another one each time."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port := _ports.pop()))
+            return port
 
 
 @dataclass
@@ -107,7 +120,7 @@ class Cluster:
         if not token:
             environment["RAY_AUTH_MODE"] = "disabled"
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, env=environment, capture_output=True, text=True, timeout=400, check=False
         )
 
 
@@ -159,7 +172,7 @@ def cluster() -> Iterator[Cluster]:
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = f"{BIN}:{plain['PATH']}"
     ours = {"PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token"}
-    environment = plain | QUICK_TO_NOTICE | ours
+    environment = plain | QUICK_TO_NOTICE | PATIENT | ours
     token_file(home, environment)
     ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
     arguments = ["--head", "--num-cpus=0", *(f"--{name}={port}" for name, port in ports.items())]

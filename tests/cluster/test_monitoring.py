@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from PIL import Image
 from featurex_ray.cli import cli
 from featurex_ray.manifest import build_manifest
 from featurex_ray.pipeline.metrics import METRICS
+from tests.cluster.nodes import free_port
 from tests.cluster.rendered import CHECKOUT
 
 MONITORING = CHECKOUT / "cluster" / "monitoring"
@@ -118,9 +118,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Image.new("RGB", (64, 48), (10 * i, 100, 50)).save(folder / "media" / f"{i:02d}.png")
     (folder / "media" / "broken.png").write_bytes(b"no image at all")
     build_manifest(str(folder / "media"), str(folder / "m.csv"), dataset="colours")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     temp = Path("/tmp") / f"ray-{port}"  # Ray's sockets need a short path
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(folder / "m.csv"), str(folder / "out"), str(port), str(temp)],
@@ -131,13 +129,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         text=True,
     )
     scraped: set[str] = set()
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not (named_by_all() <= scraped and told(scraped) == set(METRICS)):
         if driver.poll() is not None or time.monotonic() > deadline:
             break  # what is missing is for the tests to say
         scraped |= scrape(port)
         time.sleep(0.5)
-    _, stderr = driver.communicate(timeout=60)
+    _, stderr = driver.communicate(timeout=200)
     assert driver.returncode == 0, stderr
     logs = "".join(p.read_text(errors="replace") for p in temp.glob("session_latest/logs/worker-*.err"))
     shutil.rmtree(temp, ignore_errors=True)

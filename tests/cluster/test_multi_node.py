@@ -48,7 +48,7 @@ def nodes(s3_server: str) -> Iterator[Cluster]:
 
 def status_of(request: urllib.request.Request) -> int:
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return int(error.code)

@@ -155,7 +155,7 @@ def main(folder: Path, pause: float) -> None:
             counts.update(look_into(SCANS[which](root)))
         except Exception as error:  # noqa: BLE001  whatever a user's reader may raise
             after = state(root)
-            is_explained = any(after.get(path) != generation for path, generation in before.items())
+            is_explained = any(after.get(path) != before.get(path) for path in before.keys() | after.keys())
             counts.update({"errors": 1, "unexplained": int(not is_explained)})
             if not is_explained:
                 last_error = f"{which}: {error}"

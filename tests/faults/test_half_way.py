@@ -53,7 +53,7 @@ def kill_at_half(manifest: Path, output: Path, counts: Path) -> int:
     """Run until half of the samples are staged, then kill driver, raylet and workers; what was staged."""
     arguments = [sys.executable, "-c", DRIVER, str(manifest), str(output)]
     driver = subprocess.Popen(arguments, cwd=CHECKOUT, env=os.environ | {"FEATUREX_TEST_COUNTS": str(counts)})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     table = output / "_featurex/tests.pipeline.own-CountedMean"
     while num_staged(table) < SAMPLES // 2:
         assert driver.poll() is None, "the driver ended before half was staged"

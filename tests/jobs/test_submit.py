@@ -19,7 +19,7 @@ import pytest
 import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
 from featurex_ray.table.verify import verify_table
-from tests.cluster.nodes import answers, free_port
+from tests.cluster.nodes import PATIENT, SECONDS_TO_START, answers, free_port
 from tests.conftest import CHECKOUT
 
 BIN = Path(sys.executable).parent
@@ -30,8 +30,6 @@ KEY = {"AWS_SECRET_ACCESS_KEY": f"canary{secrets.token_hex(16)}"}
 
 PAGES = ["api/jobs/", "logical/actors"]
 """What Ray's job API and dashboard tell of a job."""
-
-SECONDS_TO_START = 60
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,11 @@ def cluster(s3_server: str) -> Iterator[str]:
             "--node-ip-address=127.0.0.1", f"--temp-dir={folder}",
             *(f"--{name}={port}" for name, port in ports.items()),
         ],
-        env=os.environ | TOKEN | KEY | {"PATH": f"{BIN}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": s3_server},
+        env=os.environ
+        | TOKEN
+        | KEY
+        | PATIENT
+        | {"PATH": f"{BIN}:{os.environ['PATH']}", "AWS_ENDPOINT_URL": s3_server},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -78,7 +80,7 @@ def submit(
         env=os.environ | TOKEN,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

@@ -307,7 +307,7 @@ def test_a_jpeg_of_a_subsampling_without_a_name_is_decoded() -> None:
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_damaged_jpegs_end_as_they_do_with_pillow(data: st.DataObject) -> None:
     """Broken off, or with bytes that are others."""
     mode = data.draw(st.sampled_from(["RGB", "L", "CMYK"]))

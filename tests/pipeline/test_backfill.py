@@ -192,7 +192,7 @@ def test_backfills_that_overlap_come_to_the_same_table(pictures: list[Path], tmp
     assert tables[0].drop(["feature"]).equals(tables[1].drop(["feature"]))
     # Batches of other sizes may be added up in another order.
     features = [np.stack(table["feature"].to_pylist()) for table in tables]
-    np.testing.assert_allclose(*features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(*features, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -26,7 +26,7 @@ def test_no_cluster_at_the_address_exits_2_at_once(how: str, photos: Path, tmp_p
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )  # fmt: skip
     assert found.returncode == 2, found.stderr

@@ -1,6 +1,7 @@
 """`verify --deep`: what was extracted once is extracted again, and differences are found."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from PIL import Image
 
 import featurex_ray as fx
 from featurex_ray.manifest import build_manifest
-from featurex_ray.pipeline.deep import verify_deep
+from featurex_ray.pipeline.deep import Recorded, _compare, choose_samples, verify_deep
 from featurex_ray.storage import ReadPolicy
+from featurex_ray.table import FeatureTable, open_store
 from featurex_ray.table.verify import VerifyReport
+from tests.table.conftest import FACTS, World, run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -88,3 +91,29 @@ def test_media_that_changed_or_went(made: Path, table: Path) -> None:
     finally:
         shutil.rmtree(made / "media", ignore_errors=True)
         away.rename(made / "media")
+
+
+def test_a_sample_of_many_row_groups_is_whole(tmp_path: Path) -> None:
+    run(FeatureTable.open_or_create(open_store(str(tmp_path)), FACTS), World())
+    for path in (tmp_path / "t").rglob("*.parquet"):
+        pq.write_table(pq.ParquetFile(path).read(), path, row_group_size=1)
+    samples = choose_samples(fx.open_table(str(tmp_path / "t")), 12, random.Random(1))
+    assert {sample.sample_id for sample in samples} >= {"s0000", "s0003"}
+    for sample in samples:
+        assert [row["clip_index"] for row in sample.clips] == list(range(sample.clips[0]["num_clips"]))
+
+
+@pytest.mark.parametrize(
+    ("sha256", "problems"),
+    [
+        ("as before", {}),
+        (None, {}),  # too large to be fetched at all
+        ("another", {"samples with features that fail now (too_large)": 1}),
+    ],
+)
+def test_media_that_only_the_default_limits_refuse(sha256: str | None, problems: dict[str, int]) -> None:
+    report = VerifyReport()
+    sample = Recorded("d", 0, "a.png", [{"media_sha256": "as before"}])
+    _compare(FACTS, sample, [{"error": "too_large", "media_sha256": sha256}], report)
+    assert report.problems == problems
+    assert report.checked["samples whose media are too large for the default limits"] == (not problems)

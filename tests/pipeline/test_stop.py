@@ -37,18 +37,18 @@ def test_a_stopped_run_keeps_what_it_staged(number: signal.Signals, tmp_path: Pa
         text=True,
     )  # fmt: skip
     staging = tmp_path / "out/_featurex/tests.pipeline.own-Steady/staging"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (parts := list(staging.rglob("*.parquet"))):
         assert driver.poll() is None, "the run ended before anything was staged"
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(number)
-    _, stderr = driver.communicate(timeout=60)
+    _, stderr = driver.communicate(timeout=200)
 
     assert driver.returncode == 1
     assert "featurex: stopped; what is done is kept, run it again to go on" in stderr
     assert "Traceback" not in stderr
     assert all(part.exists() for part in parts)
-    _, alive = psutil.wait_procs(started, timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

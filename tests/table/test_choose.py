@@ -4,7 +4,7 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurex_ray.table.publish import _runs
@@ -42,6 +42,7 @@ def by_the_rule(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
 
 
 @given(st.lists(attempts, max_size=12))
+@settings(deadline=None)
 def test_choice_is_what_the_rule_says(rows: list[dict[str, Any]]) -> None:
     rows = [row | {"start": place, "stop": place + 1} for place, row in enumerate(rows)]
     chosen = choose(pa.Table.from_pylist(rows, schema=ATTEMPTS))

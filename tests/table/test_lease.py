@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,15 +43,16 @@ def test_a_claim_is_kept(table: FeatureTable, plan: Plan) -> None:
 def test_a_still_counter_is_taken_over(
     table: FeatureTable, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "STILL_SECONDS", 0.3)
+    now = 1000.0
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now))
     owner, other = table.leases("owner"), table.leases("other")
     assert owner.claim(plan)
     for _ in range(5):  # while the counter moves, wait
         owner.beat()
         assert not other.claim(plan)
-        time.sleep(0.1)
+        now += lease.STILL_SECONDS - 1
     assert not other.claim(plan)
-    time.sleep(0.35)
+    now += 2
     assert other.claim(plan)
     assert not table.leases("third").claim(plan)
     assert not table.leases("owner").claim(plan)
@@ -58,11 +61,12 @@ def test_a_still_counter_is_taken_over(
 def test_of_many_who_take_over_one_does(
     table: FeatureTable, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "STILL_SECONDS", 0.1)
+    now = 1000.0
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now))
     table.leases("owner").claim(plan)
     others = [table.leases(f"run-{n}") for n in range(5)]
     assert not any(other.claim(plan) for other in others)
-    time.sleep(0.15)
+    now += lease.STILL_SECONDS
     with ThreadPoolExecutor(5) as racers:
         assert sum(racers.map(lambda other: other.claim(plan), others)) == 1
 
@@ -88,7 +92,10 @@ def test_a_run_that_ended_is_not_waited_for(table: FeatureTable, plan: Plan) -> 
 def test_beating(table: FeatureTable, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
     leases = table.leases("owner")
+    counter, deadline = 0, time.monotonic() + 60
     with leases.beating():
-        time.sleep(0.5)
-    counter = int(table.store.read(table.facts.keys.beat("owner"))[0])
-    assert counter >= 2
+        while counter < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            with suppress(FileNotFoundError):
+                counter = int(table.store.read(table.facts.keys.beat("owner"))[0])

@@ -41,7 +41,7 @@ def test_probe_store_fails(s3_root: str, careless_endpoint: str, monkeypatch: py
     start = time.monotonic()
     with pytest.raises(StoreRefusedError, match=r"of 12 racing conditional writes .* \(create and replace\)"):
         probe_store(open_store(s3_root))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert list(open_store(s3_root).list("")) == []
 
 

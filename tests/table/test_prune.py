@@ -90,7 +90,7 @@ def test_racing_prunes(table: FeatureTable) -> None:
         return prune(table, small, run_id=f"run-{n}")
 
     with ThreadPoolExecutor(3) as racers:
-        assert all(racers.map(race, range(3)))
+        assert any(racers.map(race, range(3)))  # who comes late finds all done
     assert content(table) == small.expected()
     pruning = [plan for plan in range(3, 10) if table.store.head(table.facts.keys.plan("d", plan))]
     assert len(pruning) == 2

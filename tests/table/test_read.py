@@ -82,6 +82,41 @@ def test_query_fails(reader: TableReader) -> None:
         reader.query("SELECT * FROM nothing")
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "COPY (SELECT 1) TO '{file}'",
+        "SELECT 1; COPY (SELECT 1) TO '{file}'",
+        "COPY (SELECT 1) TO '{file}'; SELECT 1",
+        "COPY (PIVOT features ON dataset USING count(*)) TO '{file}'",
+        "EXPLAIN ANALYZE COPY (SELECT 1) TO '{file}'",
+        "-- a new one\nATTACH '{file}'",
+        "SET log_query_path = '{file}'",
+    ],
+)
+def test_a_query_that_writes_is_refused_before_it_does(reader: TableReader, sql: str, tmp_path: Path) -> None:
+    file = tmp_path / "written"
+    with pytest.raises(RequestError, match=r"query only reads, .*nothing was executed"):
+        reader.query(sql.format(file=file))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "FROM features",
+        "WITH f AS (FROM features) SELECT * FROM f",
+        "DESCRIBE features",
+        "SUMMARIZE features",
+        "EXPLAIN SELECT * FROM features",
+        "-- by dataset\nPIVOT features ON dataset USING count(*)",
+        "SELECT 1; SELECT 2",
+    ],
+)
+def test_all_that_reads_is_answered(reader: TableReader, sql: str) -> None:
+    assert reader.query(sql).num_rows > 0
+
+
 def test_table_without_rows(table: FeatureTable) -> None:
     empty = open_table(f"{table.store.uri}/t")
     assert empty.to_arrow().num_rows == 0

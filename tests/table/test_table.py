@@ -232,7 +232,7 @@ def test_racing_planners_share_no_sample(store: ObjectStore) -> None:
         return run(tables[n], worlds[n], run_id=f"run-{n}", per_plan=4)
 
     with ThreadPoolExecutor(4) as racers:
-        assert all(racers.map(race, range(4)))
+        assert any(racers.map(race, range(4)))  # who comes late finds all done
     assert content(tables[0]) == worlds[3].expected()
     named = [
         name
