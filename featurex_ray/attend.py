@@ -14,7 +14,7 @@ from featurex_ray.media.sampling import Sampling
 from featurex_ray.media.video import ClipRequest, decode_video
 from featurex_ray.models.embed import Embedder, Features
 from featurex_ray.models.registry import ResolvedExtractor
-from featurex_ray.storage import Fetcher, ReadPolicy
+from featurex_ray.storage import Fetcher, ReadPolicy, redact
 
 _COLOURS = "magma"
 _OPACITY = 0.55
@@ -48,7 +48,7 @@ def attend_image(resolved: ResolvedExtractor, uri: str) -> Seen:
     try:
         image = decode_image(_fetch(uri), inputs=[resolved.spec.input])
     except SampleError as error:
-        raise RequestError(f"--image {uri}: {error}") from error
+        raise RequestError(f"--image {redact(uri)}: {error}") from error
     frames = image.frames[0][None]
     return Seen(frames, np.empty(0), _attention(resolved, frames, uri))
 
@@ -69,7 +69,7 @@ def attend_video(resolved: ResolvedExtractor, uri: str, *, sampling: str | None 
     try:
         video = decode_video(_fetch(uri), request, inputs=[resolved.spec.input])
     except SampleError as error:
-        raise RequestError(f"--video {uri}: {error}") from error
+        raise RequestError(f"--video {redact(uri)}: {error}") from error
     frames = video.frames[0]
     return Seen(frames, video.clips[0].frame_pts_seconds, _attention(resolved, frames, uri))
 
@@ -102,9 +102,9 @@ def _refuse_without_attention(resolved: ResolvedExtractor) -> None:
 def _attention(resolved: ResolvedExtractor, frames: np.ndarray, uri: str) -> np.ndarray:
     features: Features = Embedder(resolved, precision="fp32").embed(frames, np.array([len(frames)]))
     if features.errors:
-        raise RequestError(f"{uri}: {features.errors[0]}")
+        raise RequestError(f"{redact(uri)}: {features.errors[0]}")
     if features.attention is None or features.attention_shape is None:
-        raise RequestError(f"{resolved.spec.text} gave no attention for {uri}")
+        raise RequestError(f"{resolved.spec.text} gave no attention for {redact(uri)}")
     weights: np.ndarray = features.attention[0].reshape(features.attention_shape[0])
     return weights
 

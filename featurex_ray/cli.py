@@ -22,6 +22,8 @@ from featurex_ray.errors import FeaturexError, RequestError
 from featurex_ray.job import ExtractionJob, option_fields
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from featurex_ray.benchmark.measure import Benchmark
     from featurex_ray.benchmark.sweep import Axis, Sweep
     from featurex_ray.pipeline.report import RunReport
@@ -518,16 +520,13 @@ def benchmark(
     from featurex_ray.benchmark import measure
     from featurex_ray.demo import MEDIA
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
     _refuse_no_folder(path, plot)
     peers = PEERS if compare == "all" else [compare] if compare else []
     settings = measure.Settings(media=media or str(MEDIA / "images"), compare=peers, **options)
     if axis:
-        found: Benchmark | Sweep = measure.measure_growth(settings, axis, say)
+        found: Benchmark | Sweep = measure.measure_growth(settings, axis, _say)
     else:
-        found = measure.benchmark(settings, say)
+        found = measure.benchmark(settings, _say)
     click.echo("\n".join(found.lines()))
     if path:
         Path(path).write_text(json.dumps(found.to_json(), indent=1))
@@ -656,12 +655,15 @@ def convert_weights(source: str, output: str, key: str | None) -> None:
     click.echo(f"{made.num_tensors} tensors; pinned: --weights {made.uri}#sha256={made.sha256}")
 
 
+with_format = click.option(
+    "--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True
+)
+
+
 @cli.command()
 @click.argument("table")
 @click.argument("sql")
-@click.option(
-    "--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True
-)
+@with_format
 def query(table: str, sql: str, form: str) -> None:
     """Run SQL over TABLE with DuckDB; it is `features` there, its failures are `failures`.
 
@@ -670,7 +672,10 @@ def query(table: str, sql: str, form: str) -> None:
     """
     from featurex_ray.table.read import open_table
 
-    result = open_table(table).query(sql)
+    _print_as(form, open_table(table).query(sql))
+
+
+def _print_as(form: str, result: "pa.Table") -> None:
     if form == "csv":
         rows = csv.writer(sys.stdout, lineterminator="\n")
         rows.writerow(result.column_names)
@@ -680,6 +685,11 @@ def query(table: str, sql: str, form: str) -> None:
         click.echo("\n".join(json.dumps(row, default=str) for row in result.to_pylist()))
     else:
         print_rows(result.to_pylist())
+
+
+def _say(line: str) -> None:
+    """What is being done; results alone are on stdout."""
+    click.echo(line, err=True)
 
 
 def _refuse_no_folder(*files: str | None) -> None:
@@ -701,14 +711,23 @@ def _csv_cell(value: Any) -> Any:
 @click.option("--dataset", metavar="NAME", help="The sample's dataset, where several have one of that name.")
 @click.option("--weights", metavar="URI", help="The extractor's weights, if they lie elsewhere by now.")
 @click.option("-k", default=10, show_default=True, help="How many neighbours.")
+@with_format
 def search(
-    table: str, sample: str | None, image: str | None, dataset: str | None, weights: str | None, k: int
+    table: str,
+    sample: str | None,
+    image: str | None,
+    dataset: str | None,
+    weights: str | None,
+    k: int,
+    form: str,
 ) -> None:
     """Find the nearest neighbours of a sample, or of an image, by cosine similarity."""
     from featurex_ray.table.read import open_table
 
     if (sample is None) == (image is None):
         raise RequestError("give either --sample ID or --image FILE")
+    if image is not None and dataset is not None:
+        raise RequestError("--dataset says which --sample is meant; with --image all datasets are searched")
     opened = open_table(table)
     if image is None:
         found = opened.search(sample_id=sample, dataset=dataset, k=k)
@@ -716,7 +735,7 @@ def search(
         from featurex_ray.search import search_image
 
         found = search_image(opened, image, k=k, weights=weights)
-    print_rows(found.to_pylist())
+    _print_as(form, found)
 
 
 @cli.command()
@@ -735,7 +754,9 @@ def evaluate(
     from featurex_ray.evaluate import read_labelled
     from featurex_ray.table.read import open_table
 
-    found = measure(read_labelled(open_table(table), labels=labels), train=train_dataset, test=test_dataset)
+    _say("reading features")
+    labelled = read_labelled(open_table(table), labels=labels)
+    found = measure(labelled, train=train_dataset, test=test_dataset, say=_say)
     click.echo(json.dumps(dataclasses.asdict(found)) if as_json else "\n".join(found.lines()))
 
 

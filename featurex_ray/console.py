@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 LONGEST_LIST = 3
+DIGITS_IN_LISTS = 3
 WIDTH_OF_LOGS = 140
 
 
@@ -28,14 +29,20 @@ def print_rows(rows: Sequence[dict[str, Any]], *, title: str | None = None) -> N
     console.print(table)
 
 
-def show(value: Any) -> str:
-    """A value, short enough for a cell."""
+def show(value: Any, *, digits: int = 7) -> str:
+    """A value, short enough for a cell.
+
+    Args:
+        value: It.
+        digits: Of a float; seven are whole seconds of a day with their hundredths, and all that a
+            float32 has.
+    """
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.{digits}g}"
     if isinstance(value, list | tuple):
-        shown = ", ".join(show(item) for item in value[:LONGEST_LIST])
+        shown = ", ".join(show(item, digits=DIGITS_IN_LISTS) for item in value[:LONGEST_LIST])
         return f"[{shown}]" if len(value) <= LONGEST_LIST else f"[{shown}, ..{len(value)}]"
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"

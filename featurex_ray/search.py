@@ -6,9 +6,9 @@ import pyarrow as pa
 from featurex_ray.errors import RequestError, SampleError
 from featurex_ray.media.image import decode_image
 from featurex_ray.models.embed import Embedder
-from featurex_ray.models.recorded import resolve_recorded
+from featurex_ray.models.recorded import refuse_other_revision, resolve_recorded
 from featurex_ray.models.registry import ResolvedExtractor
-from featurex_ray.storage import Fetcher, ReadPolicy
+from featurex_ray.storage import Fetcher, ReadPolicy, redact
 from featurex_ray.table.read import TableReader
 
 
@@ -32,11 +32,11 @@ def search_image(table: TableReader, uri: str, *, k: int, weights: str | None = 
         with Fetcher(ReadPolicy(uri)) as fetcher:
             image = decode_image(fetcher.fetch(uri).data, inputs=[resolved.spec.input])
     except SampleError as error:
-        raise RequestError(f"--image {uri}: {error}") from error
+        raise RequestError(f"--image {redact(uri)}: {error}") from error
     precision = table.facts.extractor["precision"]
     features = Embedder(resolved, precision=precision).embed(image.frames[0][None], np.array([1]))
     if features.errors:
-        raise RequestError(f"--image {uri}: {features.errors[0]}")
+        raise RequestError(f"--image {redact(uri)}: {features.errors[0]}")
     return table.search(features.feature[0], k=k)
 
 
@@ -44,9 +44,12 @@ def extractor_of(table: TableReader, *, weights: str | None = None) -> ResolvedE
     """The extractor that made a table.
 
     Raises:
-        RequestError: It takes no images, or what is found under its name now has other weights.
+        RequestError: It takes no images, or what is found under its name now has other weights
+            or another revision.
     """
     made_with = table.facts.extractor
     if made_with["media"] == "video":
         raise RequestError(f"{made_with['name']} takes videos; search it by --sample")
-    return resolve_recorded(made_with, weights=weights)
+    resolved = resolve_recorded(made_with, weights=weights)
+    refuse_other_revision(resolved, made_with, table.facts.revision)
+    return resolved

@@ -1,6 +1,7 @@
 """Pictures of attention: the overlay shows the weights where they are, and what is refused."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,13 @@ def test_attend_fails(extractor: str, name: str, message: str) -> None:
     weights = None if extractor == "attention_convnet" else "none"
     with pytest.raises(RequestError, match=message):
         attend_image(resolve(extractor, weights=weights), str(MEDIA / name))
+
+
+@pytest.mark.parametrize("attend", [attend_image, attend_video])
+def test_signatures_are_not_told(attend: Callable[..., object]) -> None:
+    with pytest.raises(RequestError, match=r"https://host/a\?\*\*\*: refused_uri") as refused:
+        attend(resolve("attention_convnet"), "https://host/a?X-Amz-Signature=secret")
+    assert "secret" not in str(refused.value)
 
 
 def test_command_wants_one_medium(tmp_path: Path) -> None:

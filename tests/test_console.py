@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from featurex_ray.cli import cli
-from featurex_ray.console import print_rows
+from featurex_ray.console import print_rows, show
 from featurex_ray.pipeline.progress import Lines
 from featurex_ray.table import read
 
@@ -18,6 +18,24 @@ def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     print_rows([{"sample_id": name, "labels": ["photos", "clips"]} for name in names], title="[all] of them")
     shown = capsys.readouterr().out
     assert all(name in shown for name in [*names, "[photos, clips]", "[all] of them"])
+
+
+def test_numbers_keep_what_they_say() -> None:
+    assert [show(value) for value in (3723.5, 0.99934, 0.5, 12)] == ["3723.5", "0.99934", "0.5", "12"]
+    assert show([0.123456, 2.0]) == "[0.123, 2]"
+
+
+@pytest.mark.parametrize(
+    ("form", "wanted"), [("json", '{"similarity": 0.25}\n'), ("csv", "similarity\n0.25\n")]
+)
+def test_search_has_the_formats_of_query(form: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table:
+        def search(self, **_: object) -> pa.Table:
+            return pa.table({"similarity": [0.25]})
+
+    monkeypatch.setattr(read, "open_table", lambda _: Table())
+    done = CliRunner().invoke(cli, ["search", "table", "--sample", "a", "--format", form])
+    assert done.output == wanted
 
 
 def test_features_are_whole_in_csv(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,17 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from featurex_ray.errors import RequestError
-from featurex_ray.evaluate import LabelledFeatures, average_precision, evaluate, retrieve
+from featurex_ray.evaluate import (
+    LabelledFeatures,
+    average_precision,
+    evaluate,
+    nearest_first,
+    read_labelled,
+    retrieve,
+)
+from featurex_ray.table import FeatureTable, open_store
+from featurex_ray.table.read import TableReader
+from tests.table.conftest import FACTS, World, run
 
 
 def clusters(count: int, *, spread: float, seed: int = 0, dataset: str = "d") -> LabelledFeatures:
@@ -99,12 +109,58 @@ def test_a_dataset_is_not_measured_against_itself() -> None:
         evaluate(table, train="a", test="a")
 
 
+def test_copies_of_one_medium_belong_together(tmp_path: Path) -> None:
+    """The world's media are the same in both datasets."""
+    table = FeatureTable.open_or_create(open_store(str(tmp_path)), FACTS)
+    run(table, World(datasets=("a", "b")))
+    found = read_labelled(TableReader(table.store, table.facts))
+    assert len(set(found.groups.tolist())) == 12
+    for group in set(found.groups.tolist()):
+        assert set(found.datasets[found.groups == group].tolist()) == {"a", "b"}
+
+
+def test_media_that_are_asked_about_are_not_learned_from() -> None:
+    one, other = clusters(50, spread=1.0, dataset="a"), clusters(20, spread=1.0, seed=3, dataset="b")
+    both = together(one, other)
+    media = np.concatenate([np.arange(50), np.arange(40, 60)])  # ten of a are in b too
+    found = evaluate(LabelledFeatures(both.features, both.labels, both.datasets, media), train="a", test="b")
+    assert (found.num_train, found.num_test, found.num_shared) == (40, 20, 10)
+    assert found.lines()[0] == (
+        "20 clips of 5 classes, against 40; 10 more are of media that are asked about"
+    )
+    copies = LabelledFeatures(both.features, both.labels, both.datasets, np.arange(70) % 20)
+    with pytest.raises(RequestError, match=r"'a' without the 50 clips .* fewer than two labels"):
+        evaluate(copies, train="a", test="b")
+
+
+def test_segments_of_a_medium_may_have_labels_of_their_own() -> None:
+    """Each medium shows all five classes, the first of them first."""
+    table = clusters(100, spread=0.5)
+    found = evaluate(LabelledFeatures(table.features, table.labels, table.datasets, np.arange(100) // 5))
+    assert found.linear_probe == found.recall_at_1 == 1.0
+
+
+def test_nearest_first_is_a_stable_sort() -> None:
+    rng = np.random.default_rng(0)
+    similarity = np.round(rng.uniform(-1, 1, (20, 300)), 2).astype(np.float32)  # many are equal
+    similarity[:, :4] = [0.0, -0.0, -np.inf, -np.inf]
+    np.testing.assert_array_equal(nearest_first(similarity), np.argsort(-similarity, axis=1, kind="stable"))
+
+
+def test_stages_are_told() -> None:
+    said: list[str] = []
+    evaluate(clusters(100, spread=0.5), say=said.append)
+    assert said == [
+        *(f"linear probe: fold {fold} of 5, learns from 80 clips" for fold in range(1, 6)),
+        "neighbours: 0 of 100 clips, among 100",
+    ]
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_evaluate_reads_a_table(tmp_path: Path) -> None:
     from PIL import Image
 
     import featurex_ray as fx
-    from featurex_ray.evaluate import read_labelled
     from featurex_ray.manifest import build_manifest
     from tests.training.conftest import COLOURS, coloured
 

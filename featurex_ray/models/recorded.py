@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from featurex_ray.errors import WeightsError
+from featurex_ray.errors import RevisionMismatchError, WeightsError
 from featurex_ray.models.registry import NO_WEIGHTS, ResolvedExtractor, resolve
 
 Weights = Mapping[str, Any] | str
@@ -30,6 +30,26 @@ def resolve_recorded(made_with: Mapping[str, Any], *, weights: str | None = None
             "name the right ones with --weights"
         )
     return resolved
+
+
+def refuse_other_revision(resolved: ResolvedExtractor, made_with: Mapping[str, Any], revision: str) -> None:
+    """Refuses an extractor that makes other features than a table's, though its weights be the same.
+
+    Args:
+        resolved: What is found now.
+        made_with: As in the table's facts.
+        revision: The table's.
+
+    Raises:
+        RevisionMismatchError: It has another revision here.
+    """
+    settings = {name: made_with[name] for name in ("sampling", "clip", "precision", "decoder")}
+    here = resolved.spec.revision(**settings)
+    if here != revision:
+        raise RevisionMismatchError(
+            f"{extractor_text(made_with)} has revision {here} here, and the table was made with {revision}: "
+            "its features would be others"
+        )
 
 
 def extractor_text(made_with: Mapping[str, Any]) -> str:

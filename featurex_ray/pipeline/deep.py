@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from featurex_ray.media.sampling import Sampling
 from featurex_ray.models.recorded import resolve_recorded
@@ -30,6 +31,9 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 """How far a feature may be from the one that is recorded, as a part of its length."""
 
 UNREADABLE = {"not_found", "forbidden", "timeout", "unavailable", "refused_uri"}
+
+BEYOND_LIMITS = "too_large"
+"""Of the default limits: tables don't record those that they were made with, which may have been wider."""
 
 Row = dict[str, Any]
 
@@ -106,10 +110,23 @@ def _random_sample(store: ObjectStore, key: str, prefix: str, chance: random.Ran
         (group,) = chance.choices(groups, weights=[file.metadata.row_group(n).num_rows for n in groups])
         ids = file.read_row_group(group, columns=["sample_id"])["sample_id"]
         name = ids[chance.randrange(len(ids))].as_py()
-        near = [n for n in (group - 1, group, group + 1) if n in groups]  # its clips may cross the border
-        rows = file.read_row_groups(near)
-    clips = rows.filter(pc.equal(rows["sample_id"], name)).to_pylist()
-    return Recorded(*place, name, clips)
+        return Recorded(*place, name, _clips_around(file, group, name))
+
+
+def _clips_around(file: pq.ParquetFile, group: int, name: str) -> list[Row]:
+    """A sample's rows: of the group that was hit, and of those beside it as far as they hold some."""
+    found = {group: _clips_in(file, group, name)}
+    for step in (-1, 1):
+        beside = group + step
+        while 0 <= beside < file.num_row_groups and (clips := _clips_in(file, beside, name)):
+            found[beside] = clips
+            beside += step
+    return [row for number in sorted(found) for row in found[number]]
+
+
+def _clips_in(file: pq.ParquetFile, group: int, name: str) -> list[Row]:
+    rows = file.read_row_group(group)
+    return list(rows.filter(pc.equal(rows["sample_id"], name)).to_pylist())
 
 
 def _planned_row(store: ObjectStore, facts: TableFacts, sample: Recorded) -> pa.Table | None:
@@ -164,6 +181,9 @@ def _compare(facts: TableFacts, sample: Recorded, now: Sequence[Row], report: Ve
     if errors and errors[0] in UNREADABLE:
         report.checked["samples whose media can't be read any more"] += 1
         return
+    if errors and errors[0] == BEYOND_LIMITS and not _is_replaced(sample.clips, now):
+        report.checked["samples whose media are too large for the default limits"] += 1
+        return
     report.checked["samples extracted again"] += 1
     for problem in _differences(facts, sample.clips, now, errors):
         report.note(problem, [_name(sample)])
@@ -184,6 +204,12 @@ def _differences(
     away = np.linalg.norm(old - new, axis=1) / np.maximum(np.linalg.norm(old, axis=1), 1e-12)
     if away.max(initial=0.0) > TOLERANCE[facts.extractor["precision"]]:
         yield "samples whose features are others now"
+
+
+def _is_replaced(before: Sequence[Row], now: Sequence[Row]) -> bool:
+    """Whether the media are known to be others; they are not known where they were not even fetched."""
+    known = {row["media_sha256"] for row in now} - {None}
+    return not known <= {row["media_sha256"] for row in before}
 
 
 def _name(sample: Recorded) -> str:

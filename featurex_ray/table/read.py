@@ -5,6 +5,8 @@ read sees whole plans.
 """
 
 import itertools
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,14 +76,16 @@ class TableReader:
             Its rows; of columns of one name the later ones are `a_1`, `a_2` and so on.
 
         Raises:
-            RequestError: DuckDB refused it; its message says why. Or it asks for no rows.
+            RequestError: DuckDB refused it; its message says why. Or it asks for no rows, or more than
+                that; nothing was executed then.
         """
         with duckdb.connect() as connection:
             connection.register("features", self.dataset())
             connection.register("failures", self._failures())
             try:
+                _refuse_writing(connection.extract_statements(sql))
                 found = connection.sql(sql)
-                if found is None:  # nothing but a comment, or a statement that answers nothing
+                if found is None:  # nothing but a comment
                     raise RequestError("the query asks for no rows; give a SELECT")
                 rows = found.to_arrow_table()
             except duckdb.Error as error:
@@ -163,6 +167,26 @@ class TableReader:
         if isinstance(self.store, S3Store):
             return s3fs.S3FileSystem(endpoint_url=self.store.endpoint)
         return fs.LocalFileSystem()
+
+
+def _refuse_writing(statements: Sequence[Any]) -> None:
+    """Raises before anything is executed: a COPY writes its file although it answers with no rows."""
+    for statement in statements:
+        if not _only_reads(statement):
+            shown = textwrap.shorten(statement.query, 60, placeholder=" ...")
+            raise RequestError(
+                f"query only reads, which {shown!r} does not: nothing was executed. Give a SELECT, and "
+                "write the rows that come back (--format csv or json; in Python a pyarrow.Table)"
+            )
+
+
+def _only_reads(statement: Any) -> bool:
+    kind, text = statement.type, statement.query.lstrip()
+    if kind == duckdb.StatementType.EXPLAIN:  # with ANALYZE it executes what it explains, be it a COPY
+        return not re.search(r"\bANALY[SZ]E\b", text, re.IGNORECASE)
+    if kind == duckdb.StatementType.MULTI:  # all that has a PIVOT in it
+        return re.match(r"(PIVOT|FROM|SELECT|WITH)\b", text, re.IGNORECASE) is not None
+    return bool(kind == duckdb.StatementType.SELECT)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
