@@ -1,6 +1,7 @@
 """What a manifest says for training: its classes, and which samples are for validation."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 
 from featurex_ray.errors import ManifestError, RequestError
 from featurex_ray.manifest import Manifest
+from featurex_ray.storage import redact
 
 _LISTED = 5
 
@@ -53,10 +55,13 @@ def read_labelled(manifest: Manifest, *, classes: Sequence[str] | None = None) -
         classes: What the labels must be among; by default they are what is found.
 
     Raises:
-        ManifestError: No labels, missing ones, only one class, or labels beyond `classes`.
+        ManifestError: No labels, missing ones, several a sample, only one class, or labels beyond `classes`.
     """
     if "label" not in manifest.carried.names:
         raise ManifestError(f"{manifest.uri} has no `label` column, so there is nothing to train on")
+    kind = manifest.carried.field("label").type
+    if pa.types.is_nested(kind):
+        raise ManifestError(f"{manifest.uri}: `label` is {kind}: one label a sample is needed")
     samples = pa.Table.from_batches(list(manifest.batches()))
     labels = samples["label"].combine_chunks()
     _refuse_missing(manifest.uri, samples)
@@ -83,7 +88,7 @@ def split(
     Args:
         labelled: The samples.
         share: Of each class to validate on, in [0, 1).
-        group_column: Samples with the same value stay together; None: each is its own group.
+        group_column: Samples with the same value stay together; None: those of the same media do.
 
     Returns:
         Places of the training samples and of the validation samples, ascending.
@@ -91,25 +96,56 @@ def split(
     Raises:
         RequestError: A class would be left without training samples.
     """
-    groups = labelled.samples[group_column or "sample_id"].to_pylist()
+    groups = labelled.samples[group_column].to_pylist() if group_column else _by_media(labelled.samples)
     order = np.argsort([hashlib.sha256(f"{group}".encode()).hexdigest() for group in groups], kind="stable")
     held: set[object] = set()
     for target in range(len(labelled.classes)):
         rows = order[labelled.targets[order] == target]
         wanted = round(share * len(rows))
-        have = sum(groups[row] in held for row in rows)
+        sizes = Counter(groups[row] for row in rows)
+        have = sum(size for group, size in sizes.items() if group in held)
         for row in rows:
             if have >= wanted:
                 break
             if groups[row] not in held:
                 held.add(groups[row])
-                have += sum(groups[other] == groups[row] for other in rows)
+                have += sizes[groups[row]]
     is_held = np.array([group in held for group in groups])
     if missing := sorted(set(range(len(labelled.classes))) - set(labelled.targets[~is_held].tolist())):
         raise RequestError(
             f"--validation-share {share} leaves nothing to train on of {labelled.classes[missing[0]]!r}"
         )
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def refuse_shared(train: LabelledSamples, validation: LabelledSamples) -> None:
+    """Validating on what is trained on would say nothing.
+
+    Raises:
+        RequestError: Some media, or part of it, is on both sides.
+    """
+    known = set(_media(train.samples))
+    shared = list(dict.fromkeys(place for place in _media(validation.samples) if place in known))
+    if shared:
+        more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
+        raise RequestError(f"--validation has media that are trained on: {redact(shared[0])!r}{more}")
+
+
+def _media(samples: pa.Table) -> list[str]:
+    """Where each sample's media lies; of inline media, the URI is only a name."""
+    inline = pc.binary_join_element_wise(samples["data_file"], samples["data_row"].cast(pa.string()), "#")
+    places: list[str] = pc.coalesce(inline, samples["uri"]).to_pylist()
+    return places
+
+
+def _by_media(samples: pa.Table) -> list[str]:
+    """Groups of the segments of one video, and of whatever else names the same media.
+
+    Each is called as its first sample, so that the split stays when a manifest moves with its media.
+    """
+    names: dict[str, str] = {}
+    ids = samples["sample_id"].to_pylist()
+    return [names.setdefault(place, name) for place, name in zip(_media(samples), ids, strict=True)]
 
 
 def _refuse_missing(uri: str, samples: pa.Table) -> None:

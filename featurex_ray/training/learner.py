@@ -114,7 +114,7 @@ class Learner:
         # Each epoch has its own random numbers, so that a resumed training equals one that wasn't killed.
         torch.manual_seed((self._job.seed * 1_000_003 + epoch) * 1009 + self._rank)
         generator = torch.Generator().manual_seed(torch.initial_seed())
-        totals, rate = _Totals.none(self.num_classes), 0.0
+        totals, rate = _Totals(), 0.0
         self.model.train()
         order = torch.randperm(len(self._train), generator=generator)
         for step in range(self.steps):
@@ -126,7 +126,7 @@ class Learner:
             told(step + 1, totals.metrics("train"))
         seconds = time.monotonic() - started
         trained = totals.over_workers()
-        speed = {"seconds": seconds, "samples_per_second": int(trained.confusion.sum()) / seconds}
+        speed = {"seconds": seconds, "samples_per_second": trained.count / seconds}
         metrics = {"epoch": epoch, "steps": epoch * self.steps, "lr": rate, **trained.metrics("train")}
         return metrics | self.evaluate() | speed
 
@@ -136,7 +136,7 @@ class Learner:
         if clips is None:
             return {}
         self.model.eval()
-        totals = _Totals.none(self.num_classes)
+        totals = _Totals.with_confusion(self.num_classes)
         own = torch.arange(self._rank, len(clips), self._num_workers)
         batch = _EVALUATION_FRAMES if clips.prepared else max(_EVALUATION_FRAMES // clips.items.shape[1], 1)
         with torch.inference_mode():
@@ -146,7 +146,7 @@ class Learner:
                 targets = clips.targets[own[part]].to(self._device)
                 totals.add(scores, targets, float(torch.nn.functional.cross_entropy(scores, targets)))
         totals = totals.over_workers()
-        confusion = totals.confusion.tolist() if self.num_classes <= _LARGEST_CONFUSION else None
+        confusion = None if totals.confusion is None else totals.confusion.tolist()
         return totals.metrics("validation") | {"confusion": confusion}
 
     def _step(self, rows: Tensor, generator: torch.Generator, totals: "_Totals") -> bool:
@@ -186,33 +186,43 @@ class Learner:
 
 @dataclass
 class _Totals:
-    """Sums over samples."""
+    """Sums over samples; the confusion matrix, which is the square of the classes, only where asked for."""
 
-    confusion: Tensor
+    right: int = 0
+    count: int = 0
     loss: float = 0.0
+    confusion: Tensor | None = None
 
     @classmethod
-    def none(cls, num_classes: int) -> "_Totals":
-        return cls(torch.zeros(num_classes, num_classes, dtype=torch.int64))
+    def with_confusion(cls, num_classes: int) -> "_Totals":
+        """Nothing yet; without a matrix where it would be too large to look at."""
+        if num_classes > _LARGEST_CONFUSION:
+            return cls()
+        return cls(confusion=torch.zeros(num_classes, num_classes, dtype=torch.int64))
 
     def add(self, scores: Tensor, targets: Tensor, loss: float) -> None:
-        num_classes = len(self.confusion)
-        cells = targets.cpu() * num_classes + scores.detach().argmax(dim=1).cpu()
-        self.confusion += torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-        self.loss += loss * len(targets)
+        truth, found = targets.cpu(), scores.detach().argmax(dim=1).cpu()
+        self.right += int((truth == found).sum())
+        self.count += len(truth)
+        self.loss += loss * len(truth)
+        if self.confusion is not None:
+            self.confusion.index_put_((truth, found), torch.ones_like(truth), accumulate=True)
 
     def over_workers(self) -> "_Totals":
         if not _is_parallel():
             return self
-        sums = torch.cat([self.confusion.flatten().double(), torch.tensor([self.loss], dtype=torch.float64)])
+        sums = torch.tensor([self.right, self.count, self.loss], dtype=torch.float64)
+        if self.confusion is not None:
+            sums = torch.cat([sums, self.confusion.flatten().double()])
         sums = sums.to(_collective_device())
         torch.distributed.all_reduce(sums)
-        return _Totals(sums[:-1].long().reshape(self.confusion.shape).cpu(), float(sums[-1]))
+        (right, count, loss), cells = sums[:3].tolist(), sums[3:].long().cpu()
+        confusion = None if self.confusion is None else cells.reshape(self.confusion.shape)
+        return _Totals(int(right), int(count), loss, confusion)
 
     def metrics(self, prefix: str) -> Metrics:
-        count = max(int(self.confusion.sum()), 1)
-        right = int(self.confusion.diagonal().sum())
-        return {f"{prefix}_loss": self.loss / count, f"{prefix}_accuracy": right / count}
+        count = max(self.count, 1)
+        return {f"{prefix}_loss": self.loss / count, f"{prefix}_accuracy": self.right / count}
 
 
 class _Call(torch.nn.Module):

@@ -18,10 +18,10 @@ from featurex_ray.models.registry import ResolvedExtractor
 from featurex_ray.training.data import Examples
 from featurex_ray.training.job import TrainingJob
 from featurex_ray.training.learner import Learner, Metrics
-from featurex_ray.training.outputs import WEIGHTS
+from featurex_ray.training.outputs import HISTORY, WEIGHTS
 
-OPTIMIZER, HISTORY = "state.pt", "history.json"
-"""What a state consists of, besides the weights."""
+OPTIMIZER = "state.pt"
+"""What a state consists of, besides the weights and the history."""
 
 _SECONDS_BETWEEN_NEWS = 5.0
 

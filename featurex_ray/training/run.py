@@ -13,7 +13,7 @@ import ray
 import ray.train
 from ray.util.queue import Queue
 
-from featurex_ray.errors import RequestError, RunError, WeightsError
+from featurex_ray.errors import FeaturexError, RequestError, RunError, WeightsError
 from featurex_ray.job import Decoder
 from featurex_ray.manifest import read_manifest
 from featurex_ray.media.sampling import Sampling
@@ -27,8 +27,8 @@ from featurex_ray.storage import ReadPolicy, redact, without_secrets
 from featurex_ray.training.augment import Augmentation
 from featurex_ray.training.data import decoded_dataset, outcome
 from featurex_ray.training.job import TrainingJob
-from featurex_ray.training.labels import LabelledSamples, read_labelled, split
-from featurex_ray.training.outputs import CARD, JOB, PLOT, STATE, WEIGHTS, MetricsLog, OutputFolder
+from featurex_ray.training.labels import LabelledSamples, read_labelled, refuse_shared, split
+from featurex_ray.training.outputs import CARD, HISTORY, JOB, PLOT, STATE, WEIGHTS, MetricsLog, OutputFolder
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -90,7 +90,7 @@ def train(job: TrainingJob, *, say: Say = lambda _: None) -> TrainingReport:
         RunError: It failed or diverged; the weights of the last good epoch are kept.
     """
     training = prepare(job)
-    _claim(training)
+    _is_held(training)  # what is not to be gone on with is refused before any work
     sizes = f"{len(training.train.samples):,} to train on"
     if training.validation:
         sizes += f", {len(training.validation.samples):,} to validate on"
@@ -100,6 +100,7 @@ def train(job: TrainingJob, *, say: Say = lambda _: None) -> TrainingReport:
         connect(job)
         configure(ray.data.DataContext.get_current())
         datasets = _decode(training, say)
+        _claim(training)
         return _fit(training, datasets, say)
 
 
@@ -141,7 +142,9 @@ def _samples(job: TrainingJob) -> tuple[LabelledSamples, LabelledSamples | None]
     labelled = read_labelled(manifest)
     if job.validation is not None:
         other = read_manifest(job.validation, dataset=job.dataset, policy=_policy(job, job.validation))
-        return labelled, read_labelled(other, classes=labelled.classes)
+        validation = read_labelled(other, classes=labelled.classes)
+        refuse_shared(labelled, validation)
+        return labelled, validation
     rows, held = split(labelled, share=job.validation_share, group_column=job.group_column)
     return labelled.take(rows), labelled.take(held) if len(held) else None
 
@@ -151,12 +154,44 @@ def _policy(job: TrainingJob, manifest: str) -> ReadPolicy:
 
 
 def _claim(training: Training) -> None:
-    """Note the job with the output; another job's output is refused.
+    """Note the job with the output.
+
+    Only when the training is about to begin: what is refused before that is corrected and tried again.
 
     Raises:
-        RequestError: The output holds a training that is not this one, or `resume` wasn't asked for.
+        RequestError: The output holds another training, or can't be written.
+        StoreUnavailableError: The store did not answer.
+    """
+    if not _is_held(training):
+        training.output.write(JOB, json.dumps(_noted(training), indent=1).encode())
+
+
+def _is_held(training: Training) -> bool:
+    """Whether the output holds this very training, to be gone on with.
+
+    Raises:
+        RequestError: It holds one that is not this one, or `resume` wasn't asked for; or can't be read.
+        StoreUnavailableError: The store did not answer.
     """
     job, output = training.job, training.output
+    before = output.read(JOB)
+    if before is None:
+        return False
+    if not job.resume:
+        raise RequestError(
+            f"{output.uri} holds a training: --resume goes on with it, or give another --output"
+        )
+    found, wanted = json.loads(before), _noted(training)
+    if changed := sorted(key for key in wanted if found.get(key) != wanted[key]):
+        raise RequestError(
+            f"{output.uri} holds a training with another {', '.join(changed)}: give another --output"
+        )
+    return True
+
+
+def _noted(training: Training) -> dict[str, Any]:
+    """What a training is told by: its job, and what lay at the URIs that this names."""
+    job = training.job
     wanted = {k: v for k, v in dataclasses.asdict(job).items() if k not in _MAY_CHANGE}
     wanted = without_secrets(wanted) | {"samples_sha256": training.train.sha256()}
     # What lies at a URI can be another thing by now: a resumed training would mix the two.
@@ -164,20 +199,8 @@ def _claim(training: Training) -> None:
         wanted["validation_sha256"] = training.validation.sha256()
     if training.resolved.weights is not None:
         wanted["weights_sha256"] = training.resolved.weights.sha256
-    wanted = json.loads(json.dumps(wanted))
-    before = output.read(JOB)
-    if before is None:
-        output.write(JOB, json.dumps(wanted, indent=1).encode())
-        return
-    if not job.resume:
-        raise RequestError(
-            f"{output.uri} holds a training: --resume goes on with it, or give another --output"
-        )
-    found = json.loads(before)
-    if changed := sorted(key for key in wanted if found.get(key) != wanted[key]):
-        raise RequestError(
-            f"{output.uri} holds a training with another {', '.join(changed)}: give another --output"
-        )
+    noted: dict[str, Any] = json.loads(json.dumps(wanted))
+    return noted
 
 
 def _decode(training: Training, say: Say) -> "dict[str, Dataset]":
@@ -213,18 +236,30 @@ def _fit(training: Training, datasets: "dict[str, Dataset]", say: Say) -> Traini
         ) from error
     finally:
         listener.end()
-    if result.checkpoint is not None:
-        report = _write(training, result.checkpoint, listener.log.history)
-    if listener.diverged is not None:
-        kept = (
-            f"the weights of epoch {listener.diverged['epoch'] - 1} are kept"
-            if result.checkpoint
-            else "no epoch was completed"
-        )
+    report = None if result.checkpoint is None else _write(training, result.checkpoint)
+    return _ended(report, listener.diverged, epochs=training.job.epochs)
+
+
+def _ended(report: TrainingReport | None, diverged: dict[str, Any] | None, *, epochs: int) -> TrainingReport:
+    """The report of a training that did what it was asked for.
+
+    Args:
+        report: Of the epochs that were done; None where none was.
+        diverged: Where the loss was no number, as the workers told.
+        epochs: Wanted.
+
+    Raises:
+        RunError: It diverged, or epochs are missing.
+    """
+    done = len(report.history) if report else 0
+    kept = f"the weights of epoch {done} are kept" if done else "no epoch was completed"
+    if diverged is not None:
         raise RunError(
-            f"the loss is no number any more at step {listener.diverged['diverged_step']} "
-            f"(epoch {listener.diverged['epoch']}): lower --lr; {kept}"
+            f"the loss is no number any more at step {diverged['diverged_step']} "
+            f"(epoch {diverged['epoch']}): lower --lr; {kept}"
         )
+    if report is None or done < epochs:
+        raise RunError(f"training ended before its {epochs} epochs were done: {kept}; --resume goes on")
     return report
 
 
@@ -291,6 +326,7 @@ class _Listener(threading.Thread):
         self._news = news
         self._num_epochs = num_epochs
         self._say = say
+        self._has_complained = False
 
     def run(self) -> None:
         """Hear until the end."""
@@ -301,6 +337,8 @@ class _Listener(threading.Thread):
         """Hear what is left, and stop."""
         self._news.put(_END)
         self.join()
+        if self.log.history:
+            self._write()  # once more: the last one may have failed
         self.log.close()
 
     def _hear(self, item: dict[str, Any]) -> None:
@@ -313,7 +351,18 @@ class _Listener(threading.Thread):
             self._say(self._step_line(item))
         else:
             self.log.add(item)
+            self._write()
             self._say(self._epoch_line(item))
+
+    def _write(self) -> None:
+        """Write the metrics; where that fails, the training goes on and this is said once."""
+        try:
+            self.log.write()
+            self._has_complained = False
+        except FeaturexError as error:
+            if not self._has_complained:
+                self._say(f"no metrics for now: {error}")
+            self._has_complained = True
 
     def _step_line(self, item: dict[str, Any]) -> str:
         return (
@@ -334,11 +383,23 @@ class _Listener(threading.Thread):
         return f"{line}; {item['seconds']:.1f} s, about {left:.0f} s left"
 
 
-def _write(training: Training, checkpoint: Any, history: list[dict[str, Any]]) -> TrainingReport:
-    """Weights, card and plot, from the last good epoch."""
-    output = training.output
+def _write(training: Training, checkpoint: Any) -> TrainingReport:
+    """Weights, card and plot, from the last good epoch and of what it says itself.
+
+    Raises:
+        RunError: They can't be written (any more).
+    """
     with checkpoint.as_directory() as folder:
         weights = Path(folder, WEIGHTS).read_bytes()
+        history = json.loads(Path(folder, HISTORY).read_text())
+    try:
+        return _publish(training, weights, history)
+    except RequestError as error:
+        raise RunError(f"{error}; --resume writes the weights again") from error
+
+
+def _publish(training: Training, weights: bytes, history: list[dict[str, Any]]) -> TrainingReport:
+    output = training.output
     sha256 = hashlib.sha256(weights).hexdigest()
     card = make_card(training, history, sha256)
     # The card last: a card whose sha256 is not that of the weights is refused by whoever reads them.

@@ -1,14 +1,18 @@
 """Labels and splits: what is refused, and that groups never stand on both sides."""
 
 import json
+import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featurex_ray.errors import ManifestError, RequestError
 from featurex_ray.manifest import Manifest, read_manifest
 from featurex_ray.storage import ReadPolicy
-from featurex_ray.training.labels import read_labelled, split
+from featurex_ray.training.labels import LabelledSamples, read_labelled, refuse_shared, split
 
 
 def manifest(folder: Path, labels: list[object], *, groups: list[str] | None = None) -> Manifest:
@@ -49,6 +53,7 @@ def test_the_hash_changes_with_a_label(tmp_path: Path) -> None:
     [
         (["absent", "absent"], "no `label` column"),
         (["a", "a"], "only one class, 'a'"),
+        ([["a"], ["a", "b"]], "`label` is list<.*string>: one label a sample is needed"),
         (["a", None, "b", None], "2 samples have no label, such as '1.png', '3.png'"),
     ],
 )
@@ -83,3 +88,64 @@ def test_split_that_leaves_a_class_without_training_fails(tmp_path: Path) -> Non
     found = read_labelled(manifest(tmp_path, ["a"] * 4 + ["b"], groups=["x"] * 5))
     with pytest.raises(RequestError, match="nothing to train on of 'a'"):
         split(found, share=0.5, group_column="group")
+
+
+def parts(folder: Path, rows: list[dict[str, object]], name: str = "parts.parquet") -> LabelledSamples:
+    path = folder / name
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return read_labelled(read_manifest(str(path), dataset="d", policy=ReadPolicy(str(path))))
+
+
+def test_split_keeps_parts_of_the_same_media_together(tmp_path: Path) -> None:
+    """Segments of a video, and rows that give it another name; inline media stand alone, however called."""
+    rows: list[dict[str, object]] = [
+        {
+            "uri": f"{i // 4}.mp4",
+            "sample_id": f"s{i}",
+            "label": "ab"[i // 4 % 2],
+            "start_seconds": i % 4 + 0.0,
+        }
+        for i in range(40)
+    ]
+    found = parts(tmp_path, rows)
+    train, held = split(found, share=0.25, group_column=None)
+    assert len(held) >= 10
+    assert not {row // 4 for row in train} & {row // 4 for row in held}
+    inline: list[dict[str, object]] = [
+        {"uri": "frame", "data": b"x", "sample_id": f"s{i}", "label": "ab"[i % 2]} for i in range(40)
+    ]
+    assert len(split(parts(tmp_path, inline), share=0.25, group_column=None)[1]) == 10
+
+
+def test_split_takes_time_in_proportion_to_the_samples() -> None:
+    """50,000 samples of one class: a second; minutes where each of them counts all others."""
+    count = 50_000
+    names = [f"{i}.png" for i in range(count)]
+    nulls = {"data_file": pa.nulls(count, pa.string()), "data_row": pa.nulls(count, pa.int64())}
+    samples = pa.table({"sample_id": names, "uri": names, **nulls})
+    found = LabelledSamples(samples, np.zeros(count, np.int64), ("a",))
+    started = time.monotonic()
+    assert len(split(found, share=0.5, group_column=None)[1]) == count / 2
+    assert time.monotonic() - started < 20
+
+
+def test_validation_on_what_is_trained_on_fails(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"uri": f"{i}.png", "label": "ab"[i % 2]} for i in range(4)]
+    found = parts(tmp_path, rows)
+    others = parts(tmp_path, [{**row, "uri": f"other/{row['uri']}"} for row in rows], "others.parquet")
+    refuse_shared(found, others)
+    with pytest.raises(RequestError, match=r"trained on: '.*/2.png' and 1 more"):
+        refuse_shared(
+            found,
+            parts(
+                tmp_path, [{**row, "sample_id": "s" + str(row["uri"])} for row in rows[2:]], "again.parquet"
+            ),
+        )
+
+
+def test_inline_media_are_the_same_by_their_place_and_not_by_their_name(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"uri": f"{i}.png", "data": b"x", "label": "ab"[i]} for i in range(2)]
+    found, others = parts(tmp_path, rows), parts(tmp_path, rows, "others.parquet")
+    refuse_shared(found, others)
+    with pytest.raises(RequestError, match=r"trained on: '.*parts.parquet#0' and 1 more"):
+        refuse_shared(found, found)

@@ -60,6 +60,22 @@ def test_it_learns_and_says_how_well() -> None:
     assert last["steps"] == 12 * 6
 
 
+def test_no_confusion_matrix_is_made_of_many_classes() -> None:
+    """The square of 50,000 classes would be 20 GB."""
+    job = TrainingJob(manifest="m", output="o", extractor="attention_convnet", **FAST | {"batch_size": 2})
+    made = Learner(
+        job,
+        resolve("attention_convnet", weights="none"),
+        num_classes=50_000,
+        train=Examples(np.zeros((2, 1, 32, 32, 3), np.uint8), np.array([0, 49_999])),
+        validation=Examples(np.zeros((2, 1, 32, 32, 3), np.uint8), np.array([0, 49_999])),
+        device=torch.device("cpu"),
+    )
+    metrics = made.run_epoch(1)
+    assert metrics["confusion"] is None
+    assert metrics["validation_accuracy"] in (0, 0.5)
+
+
 def test_the_same_seed_gives_the_same_weights_to_the_bit() -> None:
     files = []
     for seed in (1, 1, 2):

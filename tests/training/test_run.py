@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from featurex_ray.errors import RequestError, RunError, WeightsError
 from featurex_ray.models.registry import resolve
 from featurex_ray.models.weights import read_card
 from featurex_ray.training.job import TrainingJob
-from featurex_ray.training.run import _claim, make_card, prepare, train
+from featurex_ray.training.outputs import MetricsLog, OutputFolder
+from featurex_ray.training.run import TrainingReport, _claim, _ended, _Listener, make_card, prepare, train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -178,10 +180,72 @@ def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_good_weights(
     assert all(np.isfinite(values).all() for values in stored.values())
 
 
-@pytest.mark.long
-def test_too_many_failures_fail(pictures: Path, tmp_path: Path) -> None:
+def test_too_many_failures_fail_and_leave_the_output_to_the_corrected_command(
+    pictures: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RunError, match=r"1 of \d+ samples can't be used \(truncated 1\)"):
         train(job(pictures, tmp_path / "out", max_failure_rate=0.0, validation_share=0.0))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_metrics_that_cannot_be_written_change_nothing_in_the_card(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").write_text("no folder")
+    said: list[str] = []
+    report = train(job(pictures, tmp_path / "out", epochs=2), say=said.append)
+    assert [row["epoch"] for row in report.history] == [1, 2]
+    card = json.loads((tmp_path / "out/weights.json").read_text())
+    assert card["metrics"] == report.history[-1]
+    (line,) = [line for line in said if line.startswith("no metrics for now")]
+    assert re.search("can't write '.*/out/tensorboard/events", line)
+
+
+def epoch(number: int) -> dict[str, Any]:
+    return {"epoch": number, "train_loss": 1.0, "train_accuracy": 0.5, "seconds": 1.0}
+
+
+def test_a_write_of_metrics_that_fails_is_made_up_for_and_what_follows_is_heard(tmp_path: Path) -> None:
+    place = tmp_path / "tensorboard"
+    place.write_text("no folder")
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("epoch 2/"):
+            place.unlink()
+
+    news: Any = queue.Queue()  # a process's own has what is used of Ray's
+    listener = _Listener(news, MetricsLog(OutputFolder(str(tmp_path))), 4, say)
+    for item in (*map(epoch, (1, 2, 3)), {"epoch": 4, "diverged_step": 7}):
+        news.put(item)
+    listener.start()
+    listener.end()
+    assert listener.diverged == {"epoch": 4, "diverged_step": 7}
+    assert [line.split(":")[0] for line in said] == [
+        "no metrics for now",
+        *(f"epoch {n}/4" for n in (1, 2, 3)),
+    ]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert list(place.glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("done", "diverged", "message"),
+    [
+        (2, None, "before its 3 epochs were done: the weights of epoch 2 are kept; --resume goes on"),
+        (0, None, "before its 3 epochs were done: no epoch was completed"),
+        (2, {"epoch": 3, "diverged_step": 9}, r"step 9 \(epoch 3\): lower --lr; the weights of epoch 2 are"),
+        (0, {"epoch": 1, "diverged_step": 1}, r"step 1 \(epoch 1\): lower --lr; no epoch was completed"),
+    ],
+)
+def test_a_training_without_all_of_its_epochs_fails(
+    done: int, diverged: dict[str, Any] | None, message: str
+) -> None:
+    report = TrainingReport("w", {}, [epoch(n + 1) for n in range(done)]) if done else None
+    with pytest.raises(RunError, match=message):
+        _ended(report, diverged, epochs=3)
 
 
 @pytest.mark.parametrize("mode", ["finetune", "head-only"])
