@@ -26,23 +26,28 @@ def open_tables(request: Request) -> list[FeatureTable]:
         RequestError: The cluster can't run the job, or a table is another extractor's; none was made.
     """
     names = [request.job.table_of(extractor) for extractor in request.job.extractors]
-    is_new = [not _recorded(request.store, name) for name in names]
-    if any(is_new):
+    recorded = [_recorded(request.store, name) for name in names]
+    if not all(recorded):
         connect(request.job)
         nvdec = "nvdec" in request.job.decoder
         deploy(request.job, cluster_resources(request.job), most=1, decodes_on_gpu=nvdec)  # or refuse
     # Those that are there come first, as they are what refuses: a new one would keep a wrong request's facts.
-    opened = {
-        index: open_table(request, index) for index in sorted(range(len(names)), key=is_new.__getitem__)
-    }
+    old_first = sorted(range(len(names)), key=lambda index: not recorded[index])
+    opened = {index: open_table(request, index, recorded[index]) for index in old_first}
     return [opened[index] for index in range(len(names))]
 
 
-def open_table(request: Request, index: int) -> FeatureTable:
-    """The table of one extractor; what is `auto` is resolved when it is made, and kept."""
+def open_table(request: Request, index: int, recorded: dict[str, Any]) -> FeatureTable:
+    """The table of one extractor; what is `auto` is resolved when it is made, and kept.
+
+    Args:
+        request: What was asked for.
+        index: The extractor's place in it.
+        recorded: What the table was made with; nothing where there is none.
+    """
     job = request.job
     name = job.table_of(job.extractors[index])
-    settled = settle(job, _recorded(request.store, name))
+    settled = settle(job, recorded)
     if settled["precision"] == "auto":
         connect(job)
         settled["precision"] = _ask_precision(job)
@@ -89,12 +94,15 @@ def auto_precision(gpu: bool) -> str:
 def _facts(request: Request, index: int, name: str, *, precision: str, decoder: str) -> TableFacts:
     job, spec = request.job, request.extractors[index].spec
     clip = None if job.clip_seconds is None else [job.clip_seconds, job.clip_stride_seconds]
-    sampling = str(request.sampling)
-    revision = spec.revision(sampling=sampling, clip=clip, precision=precision, decoder=decoder)
-    made_with = {"sampling": sampling, "clip": clip, "precision": precision, "decoder": decoder}
+    made_with: dict[str, Any] = {
+        "sampling": str(request.sampling),
+        "clip": clip,
+        "precision": precision,
+        "decoder": decoder,
+    }
     return TableFacts(
         name=name,
-        revision=revision,
+        revision=spec.revision(**made_with),
         dimension=spec.dimension,
         extractor=spec.to_json() | made_with,
         carried=request.manifest.carried,

@@ -72,7 +72,7 @@ def plan(folder: Path) -> None:
     before, start = memory_mib("VmRSS"), time.monotonic()
     request = prepare(job_of(folder))
     read = time.monotonic() - start
-    table = open_table(request, 0)
+    table = open_table(request, 0, {})
     plans = table.plan(request.manifest.batches, run_id="scale")
     # What a run plans first; of a table that has all its plans, what a resume finds.
     planned = time.monotonic() - start
@@ -103,7 +103,7 @@ def plan_rest(folder: Path) -> None:
     from featurex_ray.pipeline.tables import open_table
 
     request = prepare(job_of(folder))
-    table = open_table(request, 0)
+    table = open_table(request, 0, {})
     plans = table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40)
     print(json.dumps({"plans": len(plans)}))
 
@@ -115,7 +115,7 @@ def stage_all(folder: Path) -> None:
     from featurex_ray.pipeline.tables import open_table
 
     request = prepare(job_of(folder))
-    table = open_table(request, 0)
+    table = open_table(request, 0, {})
     for one in table.plan(request.manifest.batches, run_id="scale", most_new_samples=1 << 40):
         ids = table.read_plan(one)["sample_id"]
         for start in range(0, len(ids), 25_000):
