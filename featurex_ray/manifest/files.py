@@ -1,6 +1,5 @@
 """The files of a manifest: found, opened, and what to say when that fails."""
 
-import errno
 import gzip
 import io
 from collections.abc import Iterator
@@ -11,7 +10,16 @@ from typing import IO, Any, Literal, cast
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 from featurex_ray.errors import FeaturexError, ManifestError, NoManifestError, StoreUnavailableError
-from featurex_ray.storage import Filesystem, filesystem, parse, redact, uri_of, version_of
+from featurex_ray.storage import (
+    NO_CREDENTIALS,
+    Filesystem,
+    filesystem,
+    is_away,
+    parse,
+    redact,
+    uri_of,
+    version_of,
+)
 
 Format = Literal["parquet", "csv", "jsonl"]
 
@@ -23,14 +31,6 @@ FORMATS: dict[str, Format] = {
     ".json": "jsonl",
 }
 FORMAT_NAMES = ", ".join((*FORMATS, "each also .gz"))
-
-_GONE_FOR_NOW = {
-    errno.EBUSY,
-    errno.EIO,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    getattr(errno, "EREMOTEIO", errno.EIO),
-}
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,8 @@ def _explain(uri: str, error: Exception) -> FeaturexError:
     if isinstance(error, PermissionError):
         return ManifestError(f"may not read {name}: {error}")
     if isinstance(error, NoCredentialsError):
-        return ManifestError(f"may not read {name}: no AWS credentials (environment, configuration or role)")
-    away = isinstance(error, TimeoutError | ConnectionError | BotoCoreError)
-    if away or (isinstance(error, OSError) and error.errno in _GONE_FOR_NOW):
+        return ManifestError(f"may not read {name}: {NO_CREDENTIALS}")
+    if is_away(error):
         return StoreUnavailableError(f"reading {name}: {error}")
     return ManifestError(f"can't read {name}: {error}")
 

@@ -6,12 +6,20 @@ uncompressed tar is `s3://bucket/shard-000.tar::inner/name.jpg`.
 """
 
 from featurex_ray.storage.fetch import Fetched, Fetcher
-from featurex_ray.storage.filesystems import Filesystem, filesystem, uri_of, version_of
+from featurex_ray.storage.filesystems import (
+    NO_CREDENTIALS,
+    Filesystem,
+    filesystem,
+    is_away,
+    uri_of,
+    version_of,
+)
 from featurex_ray.storage.policy import ReadPolicy
 from featurex_ray.storage.tar import TarIndex
 from featurex_ray.storage.uri import Location, parse, redact, resolve, without_secrets
 
 __all__ = [
+    "NO_CREDENTIALS",
     "Fetched",
     "Fetcher",
     "Filesystem",
@@ -19,6 +27,7 @@ __all__ = [
     "ReadPolicy",
     "TarIndex",
     "filesystem",
+    "is_away",
     "parse",
     "redact",
     "resolve",

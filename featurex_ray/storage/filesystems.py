@@ -1,5 +1,6 @@
 """URI -> filesystem, one per process and environment."""
 
+import errno
 import os
 from collections.abc import Mapping
 from functools import lru_cache
@@ -30,6 +31,16 @@ _CODES = {
     501: "bad_request",
 }
 _S3_CODES = {"RequestTimeout": "timeout", "ExpiredToken": "forbidden", "SlowDown": "unavailable"}
+
+NO_CREDENTIALS = "no AWS credentials (environment, configuration or role)"
+
+_AWAY = {
+    errno.EBUSY,
+    errno.EIO,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    getattr(errno, "EREMOTEIO", errno.EIO),
+}
 
 _TIMES = ("mtime", "last_modified", "modificationTime", "modify", "created")
 """Where filesystems say when an object was written: hdfs and sftp, az, webhdfs, ftp, and others."""
@@ -105,6 +116,13 @@ def s3_error_code(error: Exception) -> str:
     if isinstance(error, BotoCoreError | aiohttp.ClientError | OSError):
         return "unavailable"
     return "bad_request"
+
+
+def is_away(error: Exception) -> bool:
+    """Whether what a filesystem raised says that its store does not answer for now."""
+    if isinstance(error, TimeoutError | ConnectionError | BotoCoreError):
+        return True
+    return isinstance(error, OSError) and error.errno in _AWAY
 
 
 def _is_transient(error: Exception) -> bool:

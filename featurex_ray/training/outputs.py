@@ -13,7 +13,7 @@ import pyarrow.fs
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 from featurex_ray.errors import FeaturexError, RequestError, StoreUnavailableError
-from featurex_ray.storage import filesystem, parse, redact
+from featurex_ray.storage import NO_CREDENTIALS, filesystem, is_away, parse, redact
 
 WEIGHTS, CARD, METRICS, PLOT, JOB = (
     "weights.safetensors",
@@ -24,8 +24,7 @@ WEIGHTS, CARD, METRICS, PLOT, JOB = (
 )
 STATE, HISTORY, TENSORBOARD = "state", "history.json", "tensorboard"
 
-_NOT_NOW = {errno.EBUSY, errno.EIO, errno.ENOSPC, errno.EDQUOT}
-"""What s3fs calls an ailing store, and what disks say that are full."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class OutputFolder:
@@ -96,8 +95,8 @@ def _explained(what: str, uri: str) -> Iterator[None]:
 
 def _explain(failed: str, error: OSError | BotoCoreError) -> FeaturexError:
     if isinstance(error, NoCredentialsError):
-        return RequestError(f"{failed}: no AWS credentials (environment, configuration or role)")
-    if isinstance(error, TimeoutError | ConnectionError | BotoCoreError) or error.errno in _NOT_NOW:
+        return RequestError(f"{failed}: {NO_CREDENTIALS}")
+    if isinstance(error, BotoCoreError) or is_away(error) or error.errno in _FULL:
         return StoreUnavailableError(f"{failed}: {error}")
     return RequestError(f"{failed}: {error.strerror or error}")
 
